@@ -1,0 +1,21 @@
+"""The model and what is saved with it: `from model import SmartHaoAI, HaoAIConfig, BPETokenizer`."""
+
+from model.attention import RMSNorm, RotaryEmbedding, SmartAttention
+from model.cache import KVCache
+from model.config import HaoAIConfig
+from model.feedforward import SmartFeedForward
+from model.tokenizer import BPETokenizer
+from model.transformer import ModelOutput, SmartHaoAI, SmartTransformerBlock
+
+__all__ = [
+    "BPETokenizer",
+    "HaoAIConfig",
+    "KVCache",
+    "ModelOutput",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SmartAttention",
+    "SmartFeedForward",
+    "SmartHaoAI",
+    "SmartTransformerBlock",
+]

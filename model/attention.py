@@ -1,0 +1,159 @@
+"""Attention: rotary positions, grouped-query attention with optional QK-norm, masks for windows, padding and packed documents.
+
+Shapes: B batch, T time (queries), S keys, C channels (n_embd), H query heads, K key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.cache import LayerCache
+from model.config import HaoAIConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding, half-split form (Su et al., 2021), with linear, YaRN and llama3 context extension.
+
+    `forward(positions (B, T))` gives cos and sin (B, 1, T, D) in fp32. Frequencies are recomputed from the config, never saved.
+    """
+
+    def __init__(self, config: HaoAIConfig) -> None:
+        super().__init__()
+        frequencies, self.attention_scale = rotary_frequencies(config)
+        self.inverse_frequency: Tensor
+        self.register_buffer("inverse_frequency", frequencies, persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None, :, None].float() * self.inverse_frequency  # (B, 1, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scale, angles.sin() * self.attention_scale
+
+
+def rotary_frequencies(config: HaoAIConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies (D/2,) and the factor on cos and sin for the config's `rope_scaling`.
+
+    linear: Chen et al., 2023; YaRN: Peng et al., 2023; llama3: the frequency bands of Llama 3.1.
+    """
+    size, theta = config.head_size, config.rope_theta
+    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies, 1.0
+    kind, factor = scaling.get("rope_type", scaling.get("type")), float(scaling["factor"])
+    original = int(scaling.get("original_max_position_embeddings") or config.max_position_embeddings)
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    if kind == "llama3":
+        low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
+        turns = original * frequencies / (2 * math.pi)  # full turns within the original context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (blend + (1 - blend) / factor), 1.0
+    fast, slow = float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1)
+
+    def dimension(turns: float) -> float:
+        """Index of the dimension that makes `turns` full turns within the original context."""
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low_dim, high_dim = dimension(fast), dimension(slow)
+    if scaling.get("truncate", True):
+        low_dim, high_dim = math.floor(low_dim), math.ceil(high_dim)
+    low_dim, high_dim = max(low_dim, 0), min(high_dim, size - 1)
+    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low_dim) / max(high_dim - low_dim, 0.001)).clamp(0, 1)
+    scale = scaling.get("attention_factor")
+    if scale is None:
+        numerator, denominator = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        scale = _yarn_scale(factor, numerator) / _yarn_scale(factor, denominator) if numerator and denominator else _yarn_scale(factor, 1.0)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, float(scale)
+
+
+def _yarn_scale(factor: float, strength: float) -> float:
+    return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x (B, H, T, D); the result keeps x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def attention_mask(
+    query_positions: Tensor, key_positions: Tensor, window: int | None, key_valid: Tensor | None, query_segments: Tensor | None,
+    key_segments: Tensor | None,
+) -> Tensor:
+    """Boolean mask (B or 1, 1, T, S), True where a query may look: causal, inside the window, real, in the same document.
+
+    query_positions (T,) and key_positions (S,) count slots of the row; key_valid (B, S) is False on padding; segments (B, T / S)
+    number the packed documents.
+    """
+    distance = query_positions[:, None] - key_positions[None, :]  # (T, S)
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance < window)
+    allowed = allowed[None, None]
+    if key_valid is not None:
+        # A padded query has no real key; it keeps itself, so that no row of the softmax is empty (never a NaN).
+        allowed = allowed & (key_valid[:, None, None, :] | (distance == 0)[None, None])
+    if query_segments is not None and key_segments is not None:
+        allowed = allowed & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
+    return allowed
+
+
+class SmartAttention(nn.Module):
+    """Causal grouped-query self-attention. q, k and v come from one fused product; on disk they are three matrices."""
+
+    def __init__(self, config: HaoAIConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_size
+        self.window = config.layer_window(layer)
+        self.layer = layer
+        self.dropout = config.attention_dropout
+        self.qkv_proj = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, C); mask (B or 1, 1, T, S) boolean, or None: T = S tokens with plain causality, or one token that sees all."""
+        B, T, _ = x.shape
+        H, K, D = self.n_head, self.n_kv_head, self.head_dim
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split((H, K, K), dim=1)
+        dtype = v.dtype
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype)
+        if cache is not None:
+            k, v = cache.append(k, v)
+            k, v = k.to(dtype), v.to(dtype)
+        y = self._attend(q, k, v, mask)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        B, H, T, D = q.shape
+        K = k.shape[1]
+        causal = mask is None and T > 1
+        if T == 1 and K < H:
+            # One query: the heads of a group become rows of one product, so that keys and values are read once per group.
+            y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask, dropout_p=dropout)
+            return y.view(B, H, T, D)
+        if K < H:
+            k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)

@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests: a tokenizer, a configuration and a model so small that every test can afford them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from model import BPETokenizer, HaoAIConfig, SmartHaoAI
+
+# No test may reach for the network: what is not on this disk does not exist.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SENTENCES = [
+    "今天天气很好，我们一起去公园散步。",
+    "小猫在窗边睡觉，阳光照在它的身上。",
+    "请问 12 加 35 等于多少？答案是 47。",
+    "The quick brown fox jumps over the lazy dog.",
+    "A small model can learn to speak Chinese and English.",
+    "def add(a, b):\n    return a + b\n",
+    "The answer is 47, because 12 + 35 = 47.",
+    "你好！Hello! 很高兴认识你，nice to meet you.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> BPETokenizer:
+    """About 400 tokens, trained on eight bilingual sentences."""
+    return BPETokenizer.train(SENTENCES * 4, vocab_size=400, progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer: BPETokenizer) -> HaoAIConfig:
+    """Two layers of width 32 with grouped queries, over the vocabulary of `tiny_tokenizer`."""
+    return HaoAIConfig(vocab_size=tiny_tokenizer.vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=64,
+                       max_position_embeddings=256)
+
+
+@pytest.fixture
+def tiny_model(tiny_config: HaoAIConfig) -> SmartHaoAI:
+    """A fresh model of `tiny_config` with the same weights every time, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SmartHaoAI(tiny_config).eval()

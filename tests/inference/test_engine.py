@@ -1,0 +1,215 @@
+"""The engine on random tiny models: caching, padding, samples, stops, limits."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from inference.engine import Engine, PromptCache
+from inference.sampling import SamplingSettings
+
+GREEDY = SamplingSettings(temperature=0, max_new_tokens=12, eos_token_id=[])
+PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17, 18], [40], [60, 61, 62, 63, 64]]
+
+
+def greedy_by_full_forward(model, prompt, count):
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": False, "tie_word_embeddings": False}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"},
+])
+def test_cached_greedy_equals_full_forward(changes, make_model):
+    """A cache that masks, shifts or forgets a position gives other tokens after the first few."""
+    model = make_model(**changes)
+    for prompt in PROMPTS:
+        expected = greedy_by_full_forward(model, prompt, 12)
+        assert Engine(model).generate([prompt], GREEDY)[0][0].ids == expected
+        assert [token for piece in Engine(model).stream(prompt, GREEDY) for token in piece.ids] == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}])
+def test_left_padded_batch_equals_single_rows(changes, make_model):
+    """Padding that is attended to, or that shifts positions, changes the short rows."""
+    engine = Engine(make_model(**changes))
+    together = engine.generate(PROMPTS, GREEDY)
+    assert [row[0].ids for row in together] == [engine.generate([prompt], GREEDY)[0][0].ids for prompt in PROMPTS]
+
+
+def test_rows_that_finish_early_leave_the_others_alone(make_model):
+    """Dropping finished rows reorders the cache; the rest must go on as if nothing had happened."""
+    model = make_model()
+    alone = [greedy_by_full_forward(model, prompt, 12) for prompt in PROMPTS]
+    ends = [row[3] for row in alone[:3]]
+    settings = dataclasses.replace(GREEDY, eos_token_id=ends)
+    for row, expected in zip(Engine(model).generate(PROMPTS, settings), alone, strict=True):
+        cut = next((index + 1 for index, token in enumerate(expected) if token in ends), 12)
+        assert row[0].ids == expected[:cut]
+        assert row[0].finish_reason == ("stop" if expected[cut - 1] in ends else "length")
+
+
+def test_samples_do_not_depend_on_their_neighbours(make_model):
+    engine = Engine(make_model())
+    settings = SamplingSettings(n=3, seed=5, max_new_tokens=8, eos_token_id=[], temperature=1.5, top_k=0, top_p=1.0)
+    together = engine.generate([PROMPTS[0], PROMPTS[3], PROMPTS[0]], settings)
+    ids = [[sample.ids for sample in row] for row in together]
+    assert ids[1] == [sample.ids for sample in engine.generate([PROMPTS[3]], settings)[0]]
+    # The prompt that comes twice goes on with new samples.
+    assert len({tuple(sample) for sample in ids[0] + ids[2]}) == 6
+    first = dataclasses.replace(settings, n=1)
+    assert engine.generate([PROMPTS[0]], first)[0][0].ids == ids[0][0]
+    assert [token for piece in engine.stream(PROMPTS[0], first) for token in piece.ids] == ids[0][0]
+
+
+def test_logprobs_belong_to_the_tokens(make_model):
+    model = make_model()
+    settings = SamplingSettings(n=2, seed=1, max_new_tokens=5, eos_token_id=[], logprobs=True, temperature=0.5)
+    for sample in Engine(model).generate([PROMPTS[1]], settings)[0]:
+        ids = torch.tensor([PROMPTS[1] + sample.ids])
+        with torch.no_grad():
+            expected = model(ids).logits.log_softmax(-1)[0, len(PROMPTS[1]) - 1 : -1]
+        picked = expected.gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(sample.logprobs), picked, atol=1e-4)
+
+
+def test_stop_strings_end_every_row_for_itself(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    settings = SamplingSettings(temperature=0, max_new_tokens=30, eos_token_id=[])
+    whole = engine.generate(PROMPTS, settings)
+    stop = whole[0][0].text[3:5]
+    stopped = dataclasses.replace(settings, stop=[stop])
+    for before, after, prompt in zip(whole, engine.generate(PROMPTS, stopped), PROMPTS, strict=True):
+        expected = before[0].text.split(stop)[0]
+        assert after[0].text == expected
+        assert after[0].finish_reason == ("stop" if stop in before[0].text else "length")
+        assert "".join(piece.text for piece in engine.stream(prompt, stopped) if piece.channel == "answer") == expected
+    with pytest.raises(ValueError, match="tokenizer"):
+        Engine(model).generate(PROMPTS, stopped)
+
+
+def test_full_context_ends_the_reply_and_does_not_crash(make_model):
+    engine = Engine(make_model(max_position_embeddings=16))
+    rows = engine.generate([[3] * 14, [4] * 16, [5] * 3], GREEDY)
+    assert [len(row[0].ids) for row in rows] == [2, 0, 12]
+    assert {row[0].finish_reason for row in rows} == {"length"}
+    assert list(engine.stream([4] * 16, GREEDY))[-1].finish_reason == "length"
+    with pytest.raises(ValueError, match="17 tokens.*holds 16"):
+        engine.generate([[3] * 17], GREEDY)
+    with pytest.raises(ValueError, match="17 tokens"):
+        engine.stream([3] * 17, GREEDY)
+
+
+@pytest.mark.parametrize(("prompt", "message"), [([], "empty"), ([97], "vocabulary"), ([-1], "vocabulary")])
+def test_unusable_prompts_are_explained(prompt, message, make_model):
+    with pytest.raises(ValueError, match=message):
+        Engine(make_model()).generate([prompt], GREEDY)
+
+
+def test_damaged_weights_are_explained(make_model):
+    """NaN logits would surface as an obscure error of the sampler, or as endless token 0 in greedy decoding."""
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        Engine(model).generate([[1, 2]], GREEDY)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}])
+def test_prompt_cache_gives_what_a_fresh_one_gives(changes, make_model):
+    """Reused keys and values must be exactly those of the common prefix, also after the reply was broken off."""
+    engine = Engine(make_model(**changes))
+    held = PromptCache()
+    stream = engine.stream(PROMPTS[1], GREEDY, held)
+    said = [next(stream).ids[0] for _ in range(5)]
+    stream.close()
+    assert held.ids == PROMPTS[1] + said[:4]
+    for prompt in (PROMPTS[1] + said[:2] + [9, 9], PROMPTS[1][:3], PROMPTS[2], PROMPTS[2] * 30):
+        again = [token for piece in engine.stream(prompt, GREEDY, held) for token in piece.ids]
+        assert again == [token for piece in engine.stream(prompt, GREEDY) for token in piece.ids]
+    if not changes:
+        list(engine.stream(PROMPTS[1], GREEDY, held))
+        list(engine.stream(PROMPTS[1] + [1, 2], GREEDY, held))
+        assert held.reused == len(PROMPTS[1])
+
+
+def test_an_interrupted_forward_empties_the_cache(monkeypatch, make_model):
+    """Half-written layers must not be trusted by the next turn."""
+    engine = Engine(make_model())
+    held = PromptCache()
+    stream = engine.stream(PROMPTS[0], GREEDY, held)
+    next(stream)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert held.ids == []
+    expected = [token for piece in engine.stream(PROMPTS[0], GREEDY) for token in piece.ids]
+    assert [token for piece in engine.stream(PROMPTS[0], GREEDY, held) for token in piece.ids] == expected
+
+
+def test_streaming_does_not_leak_inference_mode_or_eval_mode(make_model):
+    """Between two pieces the caller may train: gradients must work and dropout must be on."""
+    model = make_model(dropout=0.5).train()
+    for _ in Engine(model).stream(PROMPTS[0], GREEDY):
+        assert model.training and not torch.is_inference_mode_enabled()
+    ids = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=4, temperature=0)
+    model(ids, labels=ids).loss.backward()
+    assert model.embed_tokens.weight.grad is not None
+
+
+def test_generate_returns_prompt_and_padding(make_model):
+    model = make_model()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [60, 61, 62, 63, 64]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    first = greedy_by_full_forward(model, [5, 6, 7], 6)
+    second = greedy_by_full_forward(model, [60, 61, 62, 63, 64], 6)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=6, temperature=0)
+    assert out.tolist() == [ids[0].tolist() + first, ids[1].tolist() + second]
+    end = first[2]
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=6, temperature=0, eos_token_id=end, pad_token_id=1)
+    cut = first.index(end) + 1
+    assert out[0].tolist()[5:] == first[:cut] + [1] * (out.shape[1] - 5 - cut)
+
+
+def test_generate_explains_what_it_cannot_do(make_model):
+    model, ids = make_model(), torch.tensor([[1, 2, 3]])
+    with pytest.raises(TypeError, match=r"do_sample.*max_new_tokens.*temperature=0 is greedy"):
+        model.generate(ids, do_sample=False)
+    with pytest.raises(ValueError, match="beam search is not available yet"):
+        model.generate(ids, num_beams=4)
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(ids, attention_mask=torch.tensor([[1, 1, 0]]))
+    with pytest.raises(ValueError, match="batch, time"):
+        model.generate(ids[0])
+
+
+@pytest.mark.parametrize("settings", [
+    {"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 3},
+    {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.9},
+    {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 1.0, "min_p": 0.05, "repetition_penalty": 1.2},
+])
+def test_same_seed_same_tokens_as_transformers(tmp_path, tokenizer, settings, make_model):
+    """A saved model, loaded by transformers, chooses the same tokens from the same seed."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: parity is not checked")
+    model = make_model(tokenizer, std=0.1)
+    model.save_pretrained(tmp_path, tokenizer)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    other.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    ids = torch.tensor([tokenizer.encode("Hello 你好")])
+    ours = dict(settings)
+    if not ours.pop("do_sample"):
+        ours["temperature"] = 0
+    for seed in (0, 123):
+        torch.manual_seed(seed)
+        expected = other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, **settings)
+        assert model.generate(ids, max_new_tokens=20, seed=seed, **ours).tolist() == expected.tolist()
+        torch.manual_seed(seed)  # without a seed the global generator is used, as there
+        assert model.generate(ids, max_new_tokens=20, **ours).tolist() == expected.tolist()

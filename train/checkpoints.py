@@ -1,0 +1,95 @@
+"""Checkpoints of a running training: `checkpoints/step_000500/` holds all that resuming needs.
+
+Model in the ordinary layout (fp32), optimiser tensors in safetensors, everything else as JSON; written to a temporary directory,
+flushed and renamed. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import load_weights, save_pretrained, save_weights, weights_from_disk
+from model.files import atomic_directory, remove_leftovers
+from model.tokenizer import BPETokenizer
+from model.transformer import SmartHaoAI
+
+FOLDER, STATE_FILE, OPTIMIZER_FILE = "checkpoints", "state.json", "optimizer.safetensors"
+
+
+def save_checkpoint(out_dir: Path, step: int, model: SmartHaoAI, tokenizer: BPETokenizer, optimizers: list[torch.optim.Optimizer],
+                    state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of `step` and delete all but the newest `keep`."""
+    path = out_dir / FOLDER / f"step_{step:06d}"
+    with atomic_directory(path) as folder:
+        save_pretrained(model, folder, tokenizer)
+        tensors, values = _optimizer_state(model, optimizers)
+        tensors["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        save_weights(tensors, folder / OPTIMIZER_FILE)
+        (folder / STATE_FILE).write_text(json.dumps({**state, "step": step, "optimizer": values}, indent=1), encoding="utf-8")
+    for old in list_checkpoints(out_dir)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def list_checkpoints(out_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. An interrupted write never has the final name."""
+    return sorted(p for p in (out_dir / FOLDER).glob("step_*") if p.suffix == "" and (p / STATE_FILE).is_file())
+
+
+def newest_checkpoint(out_dir: Path) -> Path | None:
+    if (out_dir / FOLDER).is_dir():
+        remove_leftovers(out_dir / FOLDER)
+    found = list_checkpoints(out_dir)
+    return found[-1] if found else None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises ValueError when it is damaged."""
+    try:
+        return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / STATE_FILE} is damaged: {error}; delete this checkpoint to go on from the one before") from error
+
+
+def restore(path: Path, model: SmartHaoAI, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put weights, optimiser and random state of a checkpoint back in place."""
+    file = path / "model.safetensors"
+    model.load_state_dict(weights_from_disk(load_weights(file), model.config, file))
+    tensors = load_weights(path / OPTIMIZER_FILE)
+    values = load_state(path)["optimizer"]
+    names = {p: name for name, p in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = f"{number}/{names[parameter]}/"
+                state: dict[str, Any] = {
+                    key.removeprefix(prefix): tensor if key.endswith("/step") else tensor.to(parameter.device)
+                    for key, tensor in tensors.items() if key.startswith(prefix)}
+                state.update(values.get(prefix, {}))
+                optimizer.state[parameter] = state
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+def _optimizer_state(model: SmartHaoAI, optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by "<optimiser>/<parameter>/<entry>", and plain values by "<optimiser>/<parameter>/"."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    names = {p: name for name, p in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for parameter, state in optimizer.state.items():
+            prefix = f"{number}/{names[parameter]}/"
+            tensors.update({prefix + key: value for key, value in state.items() if isinstance(value, Tensor)})
+            plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+            if plain:
+                values[prefix] = plain
+    return tensors, values

@@ -1,0 +1,317 @@
+"""fit(): the only optimisation loop. A stage is data, a loss and settings.
+
+One step: collect the micro-batches, add up their weights, run each backward with its terms divided by those totals, clip,
+refuse what is not finite, update, log, evaluate, save.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from model.files import atomic_write_text
+from model.tokenizer import BPETokenizer
+from model.transformer import SmartHaoAI
+from train.checkpoints import load_state, newest_checkpoint, restore, save_checkpoint
+from train.config import StageConfig, to_yaml
+from train.data import Batch, BatchSource
+from train.losses import Term
+from train.metrics import MetricsLog, plot_loss
+from train.optim import build_optimizers, lr_factor
+from train.runtime import Precision, StopRequest, choose_precision, device_name, format_minutes, peak_memory_mb, seed_everything, set_threads
+
+LossFunction = Callable[[torch.nn.Module, Batch], list[Term]]
+Evaluate = Callable[[SmartHaoAI], dict[str, float]]
+REPLAN_EVERY = 0.05  # share of a time budget after which its number of steps is corrected
+BUDGET_RESERVE = 0.97  # share of a time budget planned for steps; the rest is for evaluation and saving
+
+
+@dataclass
+class FitResult:
+    """How a run ended."""
+
+    step: int
+    total_steps: int
+    tokens: int
+    seconds: float
+    interrupted: bool
+    precision: str
+    last: dict[str, Any] = field(default_factory=dict)
+    """The last row of metrics.jsonl."""
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps of the loop itself."""
+
+    step: int = 0
+    total_steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    precision: str = ""
+    precision_reason: str = ""
+    skipped: int = 0
+    replanned: float = 0.0
+
+    @property
+    def done(self) -> float:
+        return self.step / max(self.total_steps, 1)
+
+
+def fit(
+    settings: StageConfig, model: SmartHaoAI, batches: BatchSource, loss_fn: LossFunction, evaluate: Evaluate | None = None, *,
+    tokenizer: BPETokenizer, sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None = None, log: Callable[[str], object] = print,
+) -> FitResult:
+    """Train `model` by `settings.train`, writing metrics, plots and checkpoints to `settings.out_dir`.
+
+    evaluate returns val_loss and the like; sample returns (prompt, answer) pairs. With settings.resume the newest checkpoint of
+    out_dir is continued. Raises ValueError when several steps in a row are not finite.
+    """
+    return _Fit(settings, model, batches, loss_fn, evaluate, tokenizer, sample, log).run()
+
+
+class _Fit:
+    def __init__(self, settings: StageConfig, model: SmartHaoAI, batches: BatchSource, loss_fn: LossFunction, evaluate: Evaluate | None,
+                 tokenizer: BPETokenizer, sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None, log: Callable[[str], object]) -> None:
+        self.settings, self.train = settings, settings.train
+        self.model, self.batches, self.loss_fn = model, batches, loss_fn
+        self.evaluate, self.tokenizer, self.sample, self.log = evaluate, tokenizer, sample, log
+        self.out_dir = Path(settings.out_dir)
+        self.device = device_name(self.train.device)
+        set_threads(self.train.threads)
+        seed_everything(self.train.seed)
+        self.model.to(self.device).train()
+        self.optimizers = build_optimizers(model, self.train, self.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.state = _Progress()
+        self.skipped_in_a_row = 0
+        self.last_row: dict[str, Any] = {}
+        self.window = _Window()
+
+    def run(self) -> FitResult:
+        checkpoint = newest_checkpoint(self.out_dir) if self.settings.resume else None
+        if checkpoint is not None:
+            saved = load_state(checkpoint)
+            self.state = _Progress(**saved["progress"])
+            self.window = _Window(**saved["window"])
+            if self.train.max_steps:
+                self.state.total_steps = self.train.max_steps
+            self.batches.load_state_dict(saved["cursor"])
+            restore(checkpoint, self.model, self.optimizers)
+            self.log(f"resuming from {checkpoint} at step {self.state.step}")
+            self.precision = Precision(self.state.precision, self.device, self.state.precision_reason)
+        else:
+            self._plan()
+        self.scaler = self.precision.scaler()
+        if checkpoint is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.metrics = MetricsLog(self.out_dir, self.state.step)
+        atomic_write_text(self.out_dir / "run.yaml", to_yaml(self.settings))
+        self.log(f"precision {self.precision.name} ({self.precision.reason}); {self.state.total_steps:,} steps")
+        try:
+            with StopRequest().installed() as stop, self._bar() as self.bar:
+                interrupted = self._steps(stop)
+        finally:
+            self.metrics.close()
+        plot_loss(self.metrics.rows, self.out_dir / "loss.png", f"{self.out_dir.name}: {self.model.num_parameters() / 1e6:.1f}M parameters")
+        return FitResult(self.state.step, self.state.total_steps, self.state.tokens, self.state.seconds, interrupted, self.precision.name,
+                         self.last_row)
+
+    def _plan(self) -> None:
+        """Decide once what is measured: precision, and the number of steps of a time budget."""
+        cursor = self.batches.state_dict()
+        probe = self.batches.next_batch(1.0).to(self.device)
+        first = self.batches.next_batch(0.0).to(self.device)
+        self.batches.load_state_dict(cursor)
+        random = torch.get_rng_state()
+
+        def forward_backward(batch: Batch) -> None:
+            terms = self.loss_fn(self.model, batch)
+            torch.stack([term.total for term in terms]).sum().backward()
+            self.model.zero_grad(set_to_none=True)
+
+        self.precision = choose_precision(self.train, self.device, lambda: forward_backward(probe))
+        self.state.precision, self.state.precision_reason = self.precision.name, self.precision.reason
+        rows_per_step = self.train.batch_size * self.train.accumulation_steps
+        if self.train.max_steps:
+            self.state.total_steps = self.train.max_steps
+        elif self.train.max_minutes:
+            times = []
+            with self.precision.autocast():
+                for batch in (first, probe, first, probe, first, probe):
+                    start = time.perf_counter()
+                    forward_backward(batch)
+                    times.append(time.perf_counter() - start)
+            per_step = (min(times[2::2]) + min(times[3::2])) / 2 * self.train.accumulation_steps
+            self.state.total_steps = max(1, int(self.train.max_minutes * 60 * BUDGET_RESERVE / per_step))
+        else:
+            self.state.total_steps = max(1, round(self.train.epochs * self.batches.rows_per_epoch() / rows_per_step))
+        torch.set_rng_state(random)
+
+    def _replan(self) -> None:
+        """Keep a time budget on a machine whose speed changes: correct the number of steps while the learning rate is still high."""
+        budget = self.train.max_minutes * 60
+        if not budget or self.train.max_steps or self.state.step < 5:
+            return
+        elapsed = self.state.seconds / budget
+        if elapsed - self.state.replanned < REPLAN_EVERY or self.state.done > 1 - self.train.decay_share / 2:
+            return
+        self.state.replanned = elapsed
+        total = max(self.state.step + 1, round(self.state.step * BUDGET_RESERVE / elapsed))
+        if abs(total - self.state.total_steps) > 0.02 * self.state.total_steps:
+            self.metrics.event(self.state.step, "replanned", total_steps=total, before=self.state.total_steps)
+            self.state.total_steps = self.bar.total = total
+
+    def _bar(self) -> Any:
+        return tqdm(total=self.state.total_steps, initial=self.state.step, unit="step", desc=self.out_dir.name, disable=None,
+                    dynamic_ncols=True, smoothing=0.05)
+
+    def _steps(self, stop: StopRequest) -> bool:
+        """Run to the end; True when the user stopped it before."""
+        saved_at = time.monotonic()
+        while self.state.step < self.state.total_steps:
+            start = time.perf_counter()
+            self.window.add(*self._step())
+            self.state.step += 1
+            spent = time.perf_counter() - start
+            self.state.seconds += spent
+            self.window.seconds += spent
+            self._replan()
+            step, last = self.state.step, self.state.step >= self.state.total_steps
+            evaluated = self._evaluate() if last or (self.train.eval_every and step % self.train.eval_every == 0) else {}
+            if evaluated or last or step % self.train.log_every == 0:
+                self._log_row(self.window, evaluated)
+                self.window = _Window()
+            if last or (self.train.sample_every and step % self.train.sample_every == 0):
+                self._write_samples()
+            self.bar.update(1)
+            due = self.train.checkpoint_every and step % self.train.checkpoint_every == 0
+            overdue = self.train.checkpoint_minutes and time.monotonic() - saved_at > self.train.checkpoint_minutes * 60
+            if due or overdue or last or stop.requested:
+                self._save()
+                saved_at = time.monotonic()
+            if stop.requested and not last:
+                return True
+        return False
+
+    def _step(self) -> tuple[float, float, float, int, int]:
+        """One optimiser step. Returns loss sum, its weight, gradient norm, positions and real tokens."""
+        lr = self.train.lr * lr_factor(self.train, self.state.step, self.state.total_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        self.lr = lr
+        micro = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]
+        totals: dict[str, float] = {}
+        for batch in micro:
+            for name, weight in batch.weights.items():
+                totals[name] = totals.get(name, 0.0) + weight
+        loss_sum = 0.0
+        for batch in micro:
+            with self.precision.autocast():
+                terms = self.loss_fn(self.model, batch.to(self.device))
+            parts = [term.total / max(totals[term.weight], 1.0) for term in terms]
+            self.scaler.scale(torch.stack(parts).sum()).backward()
+            loss_sum += float(terms[0].total.detach())
+        positions, real = sum(b.positions for b in micro), sum(b.real for b in micro)
+        weight = totals[terms[0].weight]
+        norm = self._update(loss_sum)
+        self.state.tokens += real
+        return loss_sum, weight, norm, positions, real
+
+    def _update(self, loss_sum: float) -> float:
+        """Clip and apply the gradients, unless the loss or their norm is not finite. Returns the norm before clipping."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip or float("inf")))
+        finite = torch.isfinite(torch.tensor([loss_sum, norm])).all()
+        if finite:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.skipped_in_a_row = 0
+        else:
+            self.state.skipped += 1
+            self.skipped_in_a_row += 1
+            self.metrics.event(self.state.step, "skipped", loss=str(loss_sum), grad_norm=str(norm))
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row > self.train.max_skipped_steps:
+            raise ValueError(
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (step {self.state.step}): lower train.lr="
+                f"{self.train.lr:g}, or set train.precision=fp32; the last checkpoint is untouched")
+        return norm
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.evaluate is None:
+            return {}
+        with self.precision.autocast():
+            result = self.evaluate(self.model)
+        self.model.train()
+        return result
+
+    def _log_row(self, window: _Window, evaluated: dict[str, float]) -> None:
+        row = {
+            "step": self.state.step, "tokens": self.state.tokens, "loss": window.loss, "lr": self.lr, "grad_norm": window.norm,
+            "tokens_per_second": window.real / window.seconds if window.seconds else None,
+            "real_token_share": window.real / window.positions if window.positions else None,
+            "val_loss": evaluated.get("val_loss"), "val_bpb": evaluated.get("val_bpb"),
+            "peak_memory_mb": peak_memory_mb(self.device), "seconds": self.state.seconds, "skipped": self.state.skipped,
+            **{k: v for k, v in evaluated.items() if k not in ("val_loss", "val_bpb")},
+        }
+        self.metrics.add(row)
+        self.last_row = {**self.last_row, **{k: v for k, v in row.items() if v is not None}}
+        shown = f"loss {window.loss:.3f}" if window.loss is not None else "nothing learned"
+        if evaluated.get("val_loss") is not None:
+            shown += f"  held-out {evaluated['val_loss']:.3f} ({evaluated['val_bpb']:.3f} bits/byte)"
+            plot_loss(self.metrics.rows, self.out_dir / "loss.png", self.out_dir.name)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(shown)
+        elif evaluated or self.state.step % (self.train.log_every * 5) == 0 or self.state.step == self.state.total_steps:
+            left = self.state.seconds / self.state.step * (self.state.total_steps - self.state.step)
+            print(f"step {self.state.step}/{self.state.total_steps}  {shown}  {row['tokens_per_second'] or 0:,.0f} tokens/s  "
+                  f"{format_minutes(left)} left", file=sys.stderr, flush=True)
+
+    def _write_samples(self) -> None:
+        if self.sample is None:
+            return
+        random = torch.get_rng_state()
+        for prompt, answer in self.sample(self.model.eval()):
+            self.metrics.event(self.state.step, "sample", prompt=prompt, answer=answer)
+        self.model.train()
+        torch.set_rng_state(random)
+
+    def _save(self) -> None:
+        state = {"progress": vars(self.state), "window": vars(self.window), "cursor": self.batches.state_dict(),
+                 "scaler": self.scaler.state_dict()}
+        save_checkpoint(self.out_dir, self.state.step, self.model, self.tokenizer, self.optimizers, state, self.train.keep_checkpoints)
+
+
+@dataclass
+class _Window:
+    """Sums since the last row of metrics.jsonl."""
+
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    norm: float | None = None
+    positions: int = 0
+    real: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss_sum: float, weight: float, norm: float, positions: int, real: int) -> None:
+        self.loss_sum += loss_sum
+        self.weight += weight
+        self.norm = norm if self.norm is None else max(self.norm, norm)
+        self.positions += positions
+        self.real += real
+
+    @property
+    def loss(self) -> float | None:
+        return self.loss_sum / self.weight if self.weight else None

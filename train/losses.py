@@ -1,0 +1,29 @@
+"""Losses: pure functions from a model and a batch to named terms.
+
+Each term is a sum together with the name of the weight it is divided by. The loop divides by the weight's total over all
+micro-batches, so that a token counts the same however a step is split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.data import Batch
+
+
+@dataclass
+class Term:
+    """`total` (a scalar with gradient) is divided by the step's total of `weight`."""
+
+    name: str
+    total: Tensor
+    weight: str
+
+
+def lm_loss(model: torch.nn.Module, batch: Batch) -> list[Term]:
+    """Next-token cross-entropy over the labelled tokens, in nats: pretraining and SFT differ only by their labels."""
+    out = model(**batch.inputs)
+    return [Term("loss", out.loss_sum, "tokens")]

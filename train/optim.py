@@ -1,0 +1,111 @@
+"""Optimisers and learning-rate schedules.
+
+AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest. Both take the same `train.lr`: Muon's
+update is scaled to the size of AdamW's (Liu et al., 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.config import OptimizationConfig
+
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest semi-orthogonal matrix by Newton-Schulz steps (Jordan et al., 2024).
+
+    Parameters are matrices. A group's `split` gives the row counts of matrices that are fused into one; each is
+    orthogonalised on its own.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": None})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                pieces = update.split(group["split"] or update.shape[0])
+                target = parameter.split(group["split"] or update.shape[0])
+                for piece, rows in zip(pieces, target, strict=True):
+                    # 0.2 * sqrt(longer side) gives the update the root mean square of a typical AdamW update.
+                    rows.add_(orthogonalise(piece).to(rows.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(piece.shape)))
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Approximate U V^T of matrix = U S V^T by five Newton-Schulz steps of degree 5, shape (R, C)."""
+    x = matrix.float()
+    transposed = x.shape[0] > x.shape[1]
+    if transposed:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if transposed else x
+
+
+def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, device: str) -> list[torch.optim.Optimizer]:
+    """One or two optimisers that together hold every trainable parameter exactly once.
+
+    Matrices decay, norms do not. With muon, embeddings and heads stay with AdamW.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {n: p for n, p in parameters.items() if p.dim() == 2}
+    muon = {n: p for n, p in matrices.items() if "layers." in n} if settings.optimizer == "muon" else {}
+    decayed = [p for n, p in matrices.items() if n not in muon]
+    plain = [p for n, p in parameters.items() if n not in matrices]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=device.split(":")[0] in ("cpu", "cuda"))]
+    if muon:
+        optimizers.append(Muon(_muon_groups(model, muon), lr=settings.lr, weight_decay=settings.weight_decay))
+    held = sum(p.numel() for o in optimizers for g in o.param_groups for p in g["params"])
+    assert held == sum(p.numel() for p in parameters.values()), "every parameter belongs to exactly one optimiser"
+    return optimizers
+
+
+def _muon_groups(model: torch.nn.Module, matrices: dict[str, Tensor]) -> list[dict[str, Any]]:
+    by_split: dict[tuple[int, ...], list[Tensor]] = {}
+    for name, parameter in matrices.items():
+        split: tuple[int, ...] = ()
+        if "qkv_proj" in name:
+            attention = model.get_submodule(name.split(".qkv_proj")[0])
+            kv_rows = attention.n_kv_head * attention.head_dim  # type: ignore[operator]
+            split = (parameter.shape[0] - 2 * kv_rows, kv_rows, kv_rows)
+        elif "gate_up_proj" in name:
+            split = (parameter.shape[0] // 2,) * 2
+        by_split.setdefault(split, []).append(parameter)
+    return [{"params": params, "split": list(split) or None} for split, params in by_split.items()]
+
+
+def lr_factor(settings: OptimizationConfig, step: int, total: int) -> float:
+    """Share of the peak learning rate at step `step` (counted from 0) of `total`."""
+    warmup = min(settings.warmup_steps, max(total // 4, 1))
+    if step < warmup:
+        return (step + 1) / warmup
+    floor, done = settings.min_lr_ratio, (step - warmup) / max(total - warmup, 1)
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "linear":
+        return floor + (1 - floor) * (1 - done)
+    if settings.schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    decay_from = 1 - settings.decay_share
+    return 1.0 if done < decay_from else floor + (1 - floor) * max(0.0, (1 - done) / settings.decay_share)

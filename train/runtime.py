@@ -1,0 +1,210 @@
+"""The machine: device, precision, memory, threads, signals, and how a program starts and ends.
+
+Everything here works on Linux, macOS and Windows; what a system lacks is left out, never assumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from train.config import OptimizationConfig, UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WORTHWHILE = 1.15  # a lower precision must be at least this much faster to be chosen
+
+
+def setup_console() -> None:
+    """UTF-8 on every console, so that Chinese prints on Windows and in pipes."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a program and exit: 0 done, 1 failed run, 2 usage, 130 stopped by the user. Users' mistakes are one line, without a trace
+    (HAOAI_DEBUG=1 shows it)."""
+    setup_console()
+    try:
+        status = main() or 0
+    except UsageError as error:
+        status = _report(error, 2)
+    except (ValueError, OSError) as error:
+        status = _report(error, 1)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        status = 130
+    raise SystemExit(status)
+
+
+def _report(error: Exception, status: int) -> int:
+    if os.environ.get("HAOAI_DEBUG"):
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def device_name(wanted: str = "auto") -> str:
+    """cuda, then mps, then cpu; or the wanted device, checked. Raises UsageError when it is not there."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"train.device={wanted!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return wanted
+
+
+def describe_machine(device: str) -> str:
+    """One line: processor or accelerator, cores, memory, torch."""
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, torch {torch.__version__}"
+    total = total_memory()
+    memory = f"{total / 2**30:.0f} GiB memory, " if total else ""
+    return (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads "
+            f"({torch.backends.cpu.get_cpu_capability()}), {memory}torch {torch.__version__}")
+
+
+def total_memory() -> int | None:
+    """Bytes this process may use at most: the machine's, or its container's limit; None when the system does not tell."""
+    limits = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(file).read_text()))
+    if platform.system() == "Windows":
+        limits.append(_windows_memory())
+    return min(limits) if limits else None
+
+
+def _windows_memory() -> int:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong), *[(name, ctypes.c_ulonglong) for name in "abcdefg"]]
+
+    status = Status()
+    status.length = ctypes.sizeof(Status)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(status.a)
+
+
+def peak_memory_mb(device: str) -> float | None:
+    """Highest memory use so far, 2^20 bytes: the accelerator's, else the process's; None when the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if platform.system() == "Darwin" else peak / 2**10
+
+
+def set_threads(count: int) -> None:
+    if count > 0:
+        torch.set_num_threads(count)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+@dataclass
+class Precision:
+    """The number type of the matrix products; weights and optimiser stay fp32."""
+
+    name: str
+    device: str
+    reason: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(":")[0], dtype=DTYPES[self.name])
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling is for fp16 only; for the others it does nothing."""
+        return torch.amp.GradScaler(self.device.split(":")[0], enabled=self.name == "fp16")
+
+
+def choose_precision(settings: OptimizationConfig, device: str, step: Callable[[], Any]) -> Precision:
+    """The setting, or the fastest of what the device offers, measured on `step` (one forward and backward pass).
+
+    fp16 is never chosen on a CPU (it is no faster there) and on a GPU only where bf16 is missing.
+    """
+    if settings.precision != "auto":
+        return Precision(settings.precision, device, "as set")
+    if device.startswith("cuda") and not torch.cuda.is_bf16_supported():
+        return Precision("fp16", device, "this GPU has no bf16")
+    full, half = Precision("fp32", device, ""), Precision("bf16", device, "")
+    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    try:
+        for _ in range(4):  # interleaved, the first round warms up
+            for precision in (full, half):
+                with precision.autocast():
+                    times[precision.name].append(timed(step, device))
+    except RuntimeError as error:
+        return Precision("fp32", device, f"bf16 does not run here ({str(error).splitlines()[0]})")
+    ratio = min(times["fp32"][1:]) / min(times["bf16"][1:])
+    chosen = half if ratio >= WORTHWHILE else full
+    chosen.reason = f"bf16 measured {ratio:.2f}x the speed of fp32"
+    return chosen
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Seconds of one call, the device's queue included."""
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+class StopRequest:
+    """Turns Ctrl-C and a termination request into a flag that the loop reads between steps; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        previous: dict[int, Any] = {}
+        for name in ("SIGINT", "SIGTERM"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
+                    previous[number] = signal.signal(number, self._handle)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step; the state is saved (Ctrl-C again ends at once)", file=sys.stderr)
+
+
+def format_minutes(seconds: float) -> str:
+    """4m05s, 2h03m: lengths of time for people."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"

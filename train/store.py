@@ -1,0 +1,270 @@
+"""TokenStore: text or conversations as token ids in memory-mapped files, built once and found again by content.
+
+A store is a folder `<store_dir>/<kind>-<hash>` with, for each of the splits train and val, `<split>.tokens.bin` (uint16 or
+uint32), `<split>.offsets.bin` (int64, where each document begins, and the end) and, for conversations, `<split>.mask.bin` (1
+where the token is learned). The hash covers the files' bytes, the tokenizer and the settings that matter. Memory does not grow
+with the corpus: rows are read, encoded on all cores and written in pieces of about a megabyte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from model.files import atomic_directory, recover_directory
+from model.tokenizer import BPETokenizer
+from train.config import DataConfig
+from train.data_files import DataFile, expand_paths, is_token_file, read_token_ids
+from train.formats import BadRows, Conversation, as_conversation, as_text, read_samples
+
+VERSION = 1
+PIECE_CHARACTERS = 1_000_000
+SPLITS = ("train", "val")
+Encoded = tuple[list[int], list[bool] | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents [start, stop) of each split come from one file."""
+
+    path: str
+    weight: float
+    ranges: dict[str, tuple[int, int]]
+
+
+class Split:
+    """Documents of one split: `tokens(i)` (n,) integers, `mask(i)` (n,) booleans or None, `lengths` (N,)."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, masked: bool) -> None:
+        self.offsets = np.fromfile(folder / f"{name}.offsets.bin", dtype=np.int64)
+        self._tokens = _memory_map(folder / f"{name}.tokens.bin", dtype)
+        self._mask = _memory_map(folder / f"{name}.mask.bin", "uint8") if masked else None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def token_count(self) -> int:
+        return int(self.offsets[-1])
+
+    def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._tokens[self._slice(index, start, stop)]
+
+    def mask(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        return None if self._mask is None else self._mask[self._slice(index, start, stop)]
+
+    def _slice(self, index: int, start: int, stop: int | None) -> slice:
+        first, last = int(self.offsets[index]), int(self.offsets[index + 1])
+        return slice(first + start, last if stop is None else min(first + stop, last))
+
+
+class TokenStore:
+    """An opened store: `.train`, `.val` (Split), `.sources`, `.bad` (number of skipped rows)."""
+
+    def __init__(self, folder: Path, weights: dict[str, float] | None = None) -> None:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.folder, self.kind, self.bad = folder, meta["kind"], int(meta["bad"])
+        self.train, self.val = (Split(folder, name, meta["dtype"], meta["kind"] == "sft") for name in SPLITS)
+        self.sources = [Source(s["path"], (weights or {}).get(s["path"], 1.0), {n: tuple(s[n]) for n in SPLITS}) for s in meta["sources"]]
+
+
+def open_store(spec: Any, tokenizer: BPETokenizer, kind: str, data: DataConfig, log: Callable[[str], object] = print,
+               val_share: float | None = None) -> TokenStore:
+    """The store of the files that `spec` names, built when it is not there. kind is "pretrain" or "sft".
+
+    Raises FileNotFoundError for missing files; ValueError when no row is usable, or with data.strict when any is not.
+    """
+    files = expand_paths(spec)
+    share = data.val_share if val_share is None else val_share
+    folder = Path(data.store_dir) / f"{kind}-{_key(files, tokenizer, kind, share)}"
+    recover_directory(folder)
+    if not (folder / "meta.json").is_file():
+        _build(folder, files, tokenizer, kind, share, data.strict, log)
+    store = TokenStore(folder, {str(f.path): f.weight for f in files})
+    if store.bad and data.strict:
+        raise ValueError(f"{store.bad} rows of {spec} are unusable and data.strict is set; `python -m tools.check_data` lists them")
+    return store
+
+
+def _key(files: list[DataFile], tokenizer: BPETokenizer, kind: str, val_share: float) -> str:
+    digest = hashlib.blake2b(digest_size=10)
+    digest.update(json.dumps([VERSION, kind, val_share, tokenizer.fingerprint]).encode())
+    for file in files:
+        digest.update(f"{file.path}:".encode() + file_digest(file.path))
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> bytes:
+    """Hash of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.digest()
+
+
+def held_out(document: bytes, share: float) -> bool:
+    """Whether a document belongs to the held-out part: decided by its own hash, so that it is the same in every run."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") < share * 2**64
+
+
+def _build(folder: Path, files: list[DataFile], tokenizer: BPETokenizer, kind: str, share: float, strict: bool,
+           log: Callable[[str], object]) -> None:
+    bad = BadRows()
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    sources: list[dict[str, Any]] = []
+    with atomic_directory(folder) as temporary:
+        writers = {name: _Writer(temporary, name, dtype, masked=kind == "sft") for name in SPLITS}
+        total = sum(file.path.stat().st_size for file in files)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar:
+            for file in files:
+                first = {name: writer.count for name, writer in writers.items()}
+                for is_val, (ids, mask) in _documents(file.path, tokenizer, kind, share, bad):
+                    writers["val" if is_val else "train"].add(ids, mask)
+                bar.update(file.path.stat().st_size)
+                sources.append({"path": str(file.path), **{n: [first[n], writers[n].count] for n in SPLITS}})
+        counts = {name: writer.close() for name, writer in writers.items()}
+        bad.report(log)
+        bad.raise_if_strict(strict)
+        if counts["train"][0] == 0:
+            names = ", ".join(str(f.path) for f in files[:3])
+            wanted = "text" if kind == "pretrain" else "conversation"
+            raise ValueError(f"no usable {wanted} row in {names}; `python -m tools.check_data` shows what each file holds")
+        meta = {"kind": kind, "dtype": dtype, "bad": bad.total, "sources": sources}
+        (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+    log(f"tokenised {counts['train'][0] + counts['val'][0]:,} documents, {counts['train'][1] + counts['val'][1]:,} tokens "
+        f"({counts['val'][0]:,} documents held out), {bad.total:,} rows skipped")
+
+
+def _documents(path: Path, tokenizer: BPETokenizer, kind: str, share: float, bad: BadRows) -> Iterator[tuple[bool, Encoded]]:
+    """(held out?, (ids, learned mask or None)) of every document of a file."""
+    if is_token_file(path):
+        if kind == "sft":
+            raise ValueError(f"{path} holds ready token ids; fine-tuning needs conversations, to know which words are the assistant's")
+        yield from _token_documents(path, tokenizer, share)
+    elif kind == "pretrain":
+        texts = (text for _, text in read_samples(path, bad, as_text))
+        yield from _in_pieces(texts, len, lambda piece: _encode_texts(piece, tokenizer, share))
+    else:
+        conversations = (sample for _, sample in read_samples(path, bad, as_conversation))
+        yield from _in_pieces(conversations, _conversation_size, lambda piece: _encode_conversations(piece, tokenizer, share))
+
+
+def _in_pieces(items: Iterable[Any], size: Callable[[Any], int], encode: Callable[[list[Any]], list[Any]]) -> Iterator[Any]:
+    """Encode items in pieces of bounded size in a second thread, while the next piece is being read."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque[Future[list[Any]]] = deque()
+        piece: list[Any] = []
+        held = 0
+        for item in items:
+            piece.append(item)
+            held += size(item)
+            if held >= PIECE_CHARACTERS:
+                waiting.append(pool.submit(encode, piece))
+                piece, held = [], 0
+                if len(waiting) > 1:
+                    yield from waiting.popleft().result()
+        if piece:
+            waiting.append(pool.submit(encode, piece))
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def _encode_texts(texts: list[str], tokenizer: BPETokenizer, share: float) -> list[tuple[bool, Encoded]]:
+    """A document is its text between two document-end tokens: the first gives the text's beginning something to follow."""
+    end = tokenizer.document_end_id
+    encoded = tokenizer.encode_batch(texts)
+    return [(held_out(text.encode("utf-8"), share), ([end, *ids, end], None)) for text, ids in zip(texts, encoded, strict=True)]
+
+
+def _encode_conversations(conversations: list[Conversation], tokenizer: BPETokenizer, share: float) -> list[tuple[bool, Encoded]]:
+    rows = []
+    for conversation in conversations:
+        key = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, sort_keys=True).encode("utf-8")
+        is_val = held_out(key, share)
+        for messages, learn in training_turns(conversation.messages):
+            rendered = tokenizer.render(messages, conversation.tools, learn=learn)
+            rows.append((is_val, (rendered.ids, rendered.loss_mask)))
+    return rows
+
+
+def training_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], set[int]]]:
+    """The rows to train on: (messages, indices of the turns that are learned).
+
+    The template leaves out the reasoning of turns before the last question. A turn whose reasoning would vanish is therefore
+    learned in a row of its own that ends with its answer; what is left is learned in the row of the whole conversation.
+    """
+    questions = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    starts = [*questions, len(messages)]
+    whole: set[int] = {i for i, m in enumerate(messages[: starts[0]]) if m["role"] == "assistant"}
+    for number, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        turns = {i for i in range(start, stop) if messages[i]["role"] == "assistant"}
+        last = number == len(questions) - 1
+        if not last and any(_reasons(messages[i]) for i in turns):
+            yield messages[:stop], turns
+        else:
+            whole |= turns
+    if whole:
+        yield messages, whole
+
+
+def _reasons(message: dict[str, Any]) -> bool:
+    return bool(message.get("reasoning_content")) or "</think>" in (message.get("content") or "")
+
+
+def _conversation_size(conversation: Conversation) -> int:
+    return sum(len(m.get("content") or "") + len(m.get("reasoning_content") or "") + 20 for m in conversation.messages)
+
+
+def _token_documents(path: Path, tokenizer: BPETokenizer, share: float) -> Iterator[tuple[bool, Encoded]]:
+    ids = read_token_ids(path)
+    end = tokenizer.document_end_id
+    for start in range(0, len(ids), PIECE_CHARACTERS):
+        piece = np.asarray(ids[start : start + PIECE_CHARACTERS])
+        if piece.size and (piece.min() < 0 or piece.max() >= tokenizer.vocab_size):
+            raise ValueError(f"{path} holds id {int(piece.max())}, outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
+        for document in np.split(piece, np.nonzero(piece == end)[0]):
+            words = document[document != end]
+            if words.size:
+                yield held_out(words.tobytes(), share), ([end, *words.tolist(), end], None)
+
+
+class _Writer:
+    """Appends documents to the files of one split."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, masked: bool) -> None:
+        self.dtype = dtype
+        self.count = self.tokens = 0
+        self._files: dict[str, IO[bytes]] = {
+            part: open(folder / f"{name}.{part}.bin", "wb") for part in ("tokens", "offsets", *(["mask"] if masked else []))}
+        self._files["offsets"].write(np.int64(0).tobytes())
+
+    def add(self, ids: list[int], mask: list[bool] | None) -> None:
+        self._files["tokens"].write(np.asarray(ids, dtype=self.dtype).tobytes())
+        if mask is not None:
+            self._files["mask"].write(np.asarray(mask, dtype=np.uint8).tobytes())
+        self.count += 1
+        self.tokens += len(ids)
+        self._files["offsets"].write(np.int64(self.tokens).tobytes())
+
+    def close(self) -> tuple[int, int]:
+        for file in self._files.values():
+            file.close()
+        return self.count, self.tokens
+
+
+def _memory_map(path: Path, dtype: str) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
