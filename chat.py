@@ -1,7 +1,7 @@
 """Talk to a trained model: `python chat.py` (newest finished stage in weight/) or `python chat.py --model weight/sft`.
 
-In a terminal it is a prompt with history and commands (/help). Piped, standard output carries the answers and what commands
-were asked to show; everything else goes to standard error:  printf '你好\\nquit\\n' | python chat.py
+In a terminal it is a prompt with history and commands (/help). Piped, standard output carries the answers and what
+commands were asked to show; everything else goes to standard error:  printf '你好\\nquit\\n' | python chat.py
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Console:
 
 
 class AnswerView:
-    """Shows one reply: the answer as it comes, the thinking folded to one line (in full with show_thinking, never in a pipe)."""
+    """Shows one reply: the answer as it comes, the thinking folded to one line (in full with show_thinking, never in a
+    pipe)."""
 
     def __init__(self, console: Console, show_thinking: bool) -> None:
         self.console, self.show_thinking = console, show_thinking
@@ -288,7 +289,8 @@ def read_conversation(path: Path) -> list[Any]:
 
 
 def make_reader(interactive: bool) -> Callable[[str], str]:
-    """How lines are read: prompt_toolkit with history when it is there, plain input otherwise, bare lines from a pipe."""
+    """How lines are read: prompt_toolkit with history when it is there, plain input otherwise, bare lines from a
+    pipe."""
     if not interactive:
         return _read_piped
     try:

@@ -5,7 +5,10 @@ from __future__ import annotations
 # Each entry is (Chinese, English).
 TEXTS: dict[str, tuple[str, str]] = {
     "about": ("与训练好的模型对话。", "Talk to a trained model."),
-    "opt_model": ("模型目录；默认取 weight/ 中最新完成的阶段", "model directory; default: the newest finished stage in weight/"),
+    "opt_model": (
+        "模型目录；默认取 weight/ 中最新完成的阶段",
+        "model directory; default: the newest finished stage in weight/",
+    ),
     "opt_system": ("系统提示词", "system text"),
     "opt_temperature": ("采样温度，0 为贪心", "sampling temperature, 0 is greedy"),
     "opt_top_k": ("只保留最可能的 k 个词元，0 为不限", "keep the k likeliest tokens, 0 keeps all"),
@@ -15,7 +18,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "opt_seed": ("随机种子，相同则回答相同", "random seed; equal seeds give equal answers"),
     "opt_lang": ("界面语言", "language of the interface"),
     "opt_no_stream": ("回答完整后再显示", "show the answer only when it is complete"),
-    "opt_thinking": ("思考：auto 由模型决定，on 总是，off 从不", "thinking: auto lets the model decide, on always, off never"),
+    "opt_thinking": (
+        "思考：auto 由模型决定，on 总是，off 从不",
+        "thinking: auto lets the model decide, on always, off never",
+    ),
     "opt_show": ("完整显示思考过程", "show the thinking in full"),
     "opt_device": ("设备，如 cpu、cuda、mps", "device, such as cpu, cuda, mps"),
     "opt_help": ("显示本说明并退出", "show this help and exit"),
@@ -31,7 +37,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         ),
         (
             "there is no model in weight/ yet. Train one: python train_smart.py (all stages), or "
-            "python -m train.train_pretrain, then python -m train.train_sft; a model elsewhere is named with --model DIR."
+            "python -m train.train_pretrain, then python -m train.train_sft; name a model elsewhere with --model DIR."
         ),
     ),
     "ready": (
@@ -40,7 +46,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "you": ("你> ", "You> "),
     "thinking_now": ("思考中…", "thinking…"),
-    "thought": ("（思考了 {count} 个字符；--show-thinking 可显示）", "(thought for {count} characters; --show-thinking shows them)"),
+    "thought": (
+        "（思考了 {count} 个字符；--show-thinking 可显示）",
+        "(thought for {count} characters; --show-thinking shows them)",
+    ),
     "length": ("（到达长度上限，回答被截断）", "(the answer was cut off at the length limit)"),
     "stopped": ("（已停止；再按一次 Ctrl-C 退出）", "(stopped; press Ctrl-C again to quit)"),
     "again": ("（再按一次 Ctrl-C 退出，或输入 /quit）", "(press Ctrl-C again to quit, or type /quit)"),
@@ -60,7 +69,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "thinking_bad": ("/thinking 只接受 auto、on、off，而不是 {value}", "/thinking takes auto, on or off, not {value}"),
     "file_missing": ("请写出文件名：{command} 文件", "name a file: {command} FILE"),
     "saved": ("已保存 {count} 条消息到 {path}", "saved {count} messages to {path}"),
-    "foreign": ("{path} 已存在且不是保存的对话，换一个名字吧", "{path} exists and is not a saved conversation; choose another name"),
+    "foreign": (
+        "{path} 已存在且不是保存的对话，换一个名字吧",
+        "{path} exists and is not a saved conversation; choose another name",
+    ),
     "loaded": ("已载入 {count} 条消息：{path}", "loaded {count} messages from {path}"),
     "no_file": ("没有文件 {path}", "there is no file {path}"),
     "not_chat": ("{path} 不是保存的对话：{reason}", "{path} is not a saved conversation: {reason}"),

@@ -1,4 +1,4 @@
-"""The engine: prefill, decode, batches with left padding, several samples of one prompt, streaming with a reusable cache.
+"""The engine: prefill, decode, left-padded batches, several samples of a prompt, streaming with a reusable cache.
 
     engine = Engine(model, tokenizer)
     engine.generate([ids_a, ids_b], SamplingSettings(n=2))     # [[Completion, Completion], [Completion, Completion]]
@@ -29,6 +29,7 @@ from inference.sampling import (
 )
 from inference.text import Channel, ReplyText, starts_in_reasoning
 from model.cache import KVCache
+from model.config import HaoAIConfig
 from model.transformer import pad_left
 
 
@@ -58,7 +59,8 @@ class Piece:
 
 
 class PromptCache:
-    """Keys and values of one conversation between calls of `Engine.stream`; only what differs from last time is fed again."""
+    """Keys and values of one conversation between calls of `Engine.stream`; only what differs from last time is fed
+    again."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -107,6 +109,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
         self.model = model
+        self.config: HaoAIConfig = model.config  # type: ignore[assignment]
         self.tokenizer = tokenizer
 
     @property
@@ -116,7 +119,7 @@ class Engine:
     @property
     def context(self) -> int:
         """Most tokens of prompt and reply together."""
-        return int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+        return self.config.max_position_embeddings
 
     def end_tokens(self, settings: SamplingSettings) -> tuple[int, ...]:
         """The ids that end a reply: those of the settings, else the tokenizer's end of turn and end of document."""
@@ -128,16 +131,17 @@ class Engine:
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         parameter = next(self.model.parameters())
-        return KVCache(self.model.config, batch_size, capacity, device=parameter.device, dtype=parameter.dtype)  # type: ignore[arg-type]
+        return KVCache(self.config, batch_size, capacity, device=parameter.device, dtype=parameter.dtype)
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Feed prompts ids (B, T), left-padded where mask (B, T) is 0, into the cache; returns the next logits (B, V)."""
+        """Feed prompts ids (B, T), left-padded where mask (B, T) is 0, into the cache; returns the next logits (B,
+        V)."""
         out = self.model(ids, attention_mask=mask, cache=cache, last_only=True)
         logits = out.logits[:, -1]
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(
-                "the model's output is not finite (NaN or infinity): its weights are damaged, or its numbers are too large "
-                "for this precision; load an earlier checkpoint, or run it in fp32"
+                "the model's output is not finite (NaN or infinity): its weights are damaged, or its numbers are too "
+                "large for this precision; load an earlier checkpoint, or run it in fp32"
             )
         return logits
 
@@ -148,9 +152,9 @@ class Engine:
     def generate(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> list[list[Completion]]:
         """Replies to several prompts (lists of token ids) at once: settings.n completions for each, in order.
 
-        All samples of a prompt share its prefill; rows that finish leave the batch. With a seed, a prompt's replies do not
-        depend on what else is in the batch (up to the rounding of batched products); the same prompt given twice goes on with
-        the next samples. Raises ValueError for an empty prompt or one longer than the context.
+        All samples of a prompt share its prefill; rows that finish leave the batch. With a seed, a prompt's replies do
+        not depend on what else is in the batch (up to the rounding of batched products); the same prompt given twice
+        goes on with the next samples. Raises ValueError for an empty prompt or one longer than the context.
         """
         lists = [list(prompt) for prompt in prompts]
         if not lists:
@@ -173,8 +177,8 @@ class Engine:
     ) -> Iterator[Piece]:
         """The reply to one prompt as it comes, one piece or more per token; the last piece carries finish_reason.
 
-        With a PromptCache, the part of the prompt that it already holds is not computed again. Closing the iterator at any
-        point leaves the cache usable. Raises ValueError like `generate`; settings.n must be 1.
+        With a PromptCache, the part of the prompt that it already holds is not computed again. Closing the iterator at
+        any point leaves the cache usable. Raises ValueError like `generate`; settings.n must be 1.
         """
         prompt = list(ids)
         if settings.n != 1:
@@ -274,7 +278,7 @@ class Engine:
 
     def _history(self, prompts: list[list[int]], room: int) -> TokenHistory:
         ids, mask = pad_left(prompts, 0, self.device)
-        return TokenHistory(ids, mask, int(self.model.config.vocab_size), room)  # type: ignore[union-attr, arg-type]
+        return TokenHistory(ids, mask, self.config.vocab_size, room)
 
     def _generators(self, samples: list[int], settings: SamplingSettings) -> list[torch.Generator] | None:
         if settings.seed is None or settings.greedy:
@@ -295,14 +299,15 @@ class Engine:
             raise ValueError("a prompt is empty: give at least one token")
         if len(prompt) > self.context:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens, the model's context holds {self.context}: shorten the prompt, or use a "
-                "model with a larger max_position_embeddings"
+                f"the prompt has {len(prompt)} tokens, the model's context holds {self.context}: shorten the prompt, "
+                "or use a model with a larger max_position_embeddings"
             )
-        highest, vocab_size = max(prompt), int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        if highest >= vocab_size or min(prompt) < 0:
+        vocab_size = self.config.vocab_size
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
             raise ValueError(
-                f"the prompt holds token id {highest if highest >= vocab_size else min(prompt)}, the model's vocabulary has "
-                f"{vocab_size} tokens: tokenizer and model do not belong together"
+                f"the prompt holds token id {wrong}, the model's vocabulary has {vocab_size} tokens: tokenizer and "
+                "model do not belong together"
             )
         return min(settings.max_new_tokens, self.context - len(prompt))
 
@@ -369,9 +374,9 @@ def generate_ids(
 ) -> Tensor:
     """What `model.generate` does: input_ids (B, T), left-padded where attention_mask (B, T) is 0, to ids (B, T + new).
 
-    Names and meanings are those of `transformers`, except that temperature 0 is greedy (and 1, sampling, is the default).
-    Rows that end early are filled with pad_token_id (default: the first end token, or 0). Generation ends where the context
-    does. Raises ValueError for a bad value, TypeError for an unknown name.
+    Names and meanings are those of `transformers`, except that temperature 0 is greedy (and 1, sampling, is the
+    default). Rows that end early are filled with pad_token_id (default: the first end token, or 0). Generation ends
+    where the context does. Raises ValueError for a bad value, TypeError for an unknown name.
     """
     if unknown:
         raise TypeError(_unknown_message(sorted(unknown)))
@@ -404,7 +409,8 @@ def _unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[lis
         return input_ids.tolist()
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: they must agree"
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
+            "they must agree"
         )
     mask = attention_mask.bool()
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):

@@ -1,8 +1,8 @@
 """From logits to the next token: settings, pure functions on logits (B, V), and the history they look at.
 
-The order of operations is that of `transformers`: repetition penalty, (presence and frequency penalties, as the OpenAI API
-defines them), no-repeat-ngram, minimum length, temperature, top-k, top-p, min-p. Unlike there, left padding never counts as
-text that has been said.
+The order of operations is that of `transformers`: repetition penalty, (presence and frequency penalties, as the OpenAI
+API defines them), no-repeat-ngram, minimum length, temperature, top-k, top-p, min-p. Unlike there, left padding never
+counts as text that has been said.
 
 Shapes: B rows, T tokens so far, V vocabulary.
 """
@@ -115,8 +115,8 @@ def _check_number(name: str, value: object, lowest: float, highest: float, remar
 class TokenHistory:
     """What each row has said so far, kept in the form that the penalties need, so that one step costs O(V), not O(T).
 
-    ids (B, T) is the left-padded prompt; mask (B, T) is 1 for real tokens (None: no padding). `seen` (B, V) marks tokens of
-    prompt and reply, `counts` (B, V) counts tokens of the reply only. Padding counts nowhere.
+    ids (B, T) is the left-padded prompt; mask (B, T) is 1 for real tokens (None: no padding). `seen` (B, V) marks
+    tokens of prompt and reply, `counts` (B, V) counts tokens of the reply only. Padding counts nowhere.
     """
 
     def __init__(self, ids: Tensor, mask: Tensor | None, vocab_size: int, room: int) -> None:
@@ -154,8 +154,8 @@ class TokenHistory:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL's repetition penalty (Keskar et al. 2019): logits (B, V) of seen (B, V) tokens are divided by the penalty when
-    positive, multiplied when negative, so that they fall either way."""
+    """CTRL's repetition penalty (Keskar et al. 2019): logits (B, V) of seen (B, V) tokens are divided by the penalty
+    when positive, multiplied when negative, so that they fall either way."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -210,7 +210,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Drop tokens of logits (B, V) whose probability is below min_p times that of the likeliest (Nguyen et al. 2024)."""
+    """Drop tokens of logits (B, V) whose probability is below min_p times that of the likeliest (Nguyen et al.
+    2024)."""
     probabilities = logits.softmax(dim=-1)
     drop = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
     # With min_p = 1 rounding must not drop the likeliest token itself.

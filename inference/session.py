@@ -48,10 +48,10 @@ class Reply:
 class ChatSession:
     """Remembers a conversation and continues it.
 
-    `messages` holds everything said ({"role", "content", "reasoning_content"?}), without the system text, which is `system`.
-    `enable_thinking`: None lets the model decide, True opens the thinking, False skips it. `settings` may be changed between
-    turns. When the conversation outgrows the model's context, its oldest turns are no longer shown to the model; they stay in
-    `messages`, and `dropped_turns` counts them.
+    `messages` holds everything said ({"role", "content", "reasoning_content"?}); the system text is in `system` alone.
+    `enable_thinking`: None lets the model decide, True opens the thinking, False skips it. `settings` may be changed
+    between turns. When the conversation outgrows the model's context, its oldest turns are no longer shown to the
+    model; they stay in `messages`, and `dropped_turns` counts them.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ChatSession:
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}: they do not belong "
-                "together; use the tokenizer that was saved with the model"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}: they do "
+                "not belong together; use the tokenizer that was saved with the model"
             )
         self.engine = Engine(model, tokenizer)
         self.tokenizer = tokenizer
@@ -78,8 +78,8 @@ class ChatSession:
         cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32,
         system: str = "", enable_thinking: bool | None = None, **settings: Any,
     ) -> ChatSession:
-        """Load a finished stage. settings are fields of SamplingSettings; those not given come from generation_config.json,
-        then from the defaults. device None takes the GPU when there is one."""
+        """Load a finished stage. settings are fields of SamplingSettings; those not given come from
+        generation_config.json, then from the defaults. device None takes the GPU when there is one."""
         known = [field.name for field in dataclasses.fields(SamplingSettings)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -120,7 +120,8 @@ class ChatSession:
         self._cache.clear()
 
     def load_messages(self, messages: Any) -> None:
-        """Continue a saved conversation; a leading system message becomes `system`. Raises ValueError naming a bad entry."""
+        """Continue a saved conversation; a leading system message becomes `system`. Raises ValueError naming a bad
+        entry."""
         if not isinstance(messages, list):
             raise ValueError(f"a conversation is a list of messages, got {type(messages).__name__}")
         for number, message in enumerate(messages, start=1):
@@ -159,7 +160,8 @@ class ChatSession:
             reply.seconds = time.perf_counter() - started
 
     def _fitting_prompt(self) -> list[int]:
-        """Token ids of the conversation, without the oldest turns when all of it leaves too little room for the answer."""
+        """Token ids of the conversation, without the oldest turns when all of it leaves too little room for the
+        answer."""
         context = self.engine.context
         room = min(self.settings.max_new_tokens, context // 2)
         starts = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
@@ -170,8 +172,8 @@ class ChatSession:
                 self.dropped_turns = dropped
                 return prompt
         raise ValueError(
-            f"the message is too long: with the system text it has {len(prompt)} tokens, the model's context holds {context} "
-            f"and {min(room, SMALLEST_ROOM)} are kept for the answer; shorten it"
+            f"the message is too long: with the system text it has {len(prompt)} tokens, the model's context holds "
+            f"{context} and {min(room, SMALLEST_ROOM)} are kept for the answer; shorten it"
         )
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""From generated token ids to text that may be shown: whole characters only, thinking apart from the answer, stops cut off."""
+"""From generated token ids to text that may be shown: whole characters, no stop strings, thinking kept apart."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def starts_in_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
 class ReplyText:
     """Turns the tokens of one reply into segments (channel, text) as early as they are certain.
 
-    A character is held back until all its bytes are there, and the end of the answer as long as it may be the beginning of
-    a stop string. Bytes that can never become a character show as U+FFFD; a character cut off by the end is dropped.
+    A character is held back until all its bytes are there, and the end of the answer as long as it may be the beginning
+    of a stop string. Bytes that can never become a character show as U+FFFD; a character cut off by the end is dropped.
     Stop strings are looked for in the answer, not in the thinking.
     """
 

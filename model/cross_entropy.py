@@ -29,7 +29,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
 @torch.no_grad()
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """log softmax(hidden_n @ weight.T)[target_n] for each row, (N,) fp32, not differentiable."""
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     weight = weight.to(dtype)
     parts = []
     for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
@@ -38,15 +38,16 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which products with `tensor` run now: autocast's, or its own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None) -> Tensor:
-        dtype = _compute_dtype(hidden)
+        dtype = compute_dtype(hidden)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = weight.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -203,28 +203,27 @@ class BPETokenizer:
             mask += [learned] * len(part)
         return Rendered("".join(piece for piece, _ in pieces).replace(mark, ""), ids, mask)
 
-    def _shield(self, value: Any, mark: str) -> Any:
-        """The same messages or tools with every control token that stands in a text put between two marks."""
-        if isinstance(value, str):
-            return self._control_pattern.sub(lambda found: mark + found.group() + mark, value) if "<" in value else value
-        if isinstance(value, dict):
-            return {self._shield(key, mark): self._shield(item, mark) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._shield(item, mark) for item in value]
+    def _shield(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+    """Messages whose special tokens are marked as plain text: turn marks in every message, tags too in what is not the assistant's.
+
+    <tool_response> stays as it is: by the format, a user turn may hand over a tool's result in it.
+    """
+    def guard(value: Any, tokens: list[str]) -> Any:
+        if isinstance(value, str) and "<" in value:
+            value = value.replace(_SHIELD, "")
+            for token in tokens:
+                value = value.replace(token, _SHIELD + token + _SHIELD)
         return value
 
-    def _encode_shielded(self, text: str, mark: str) -> list[int]:
-        """Encode rendered text: the template's own special tokens are parsed, shielded ones from a message are not."""
-        ids: list[int] = []
-        for index, part in enumerate(text.split(mark)):
-            ids += self.encode(part, parse_special=index % 2 == 0)
-        return ids
-
-    def _required(self, token: str) -> int:
-        found = self.backend.token_to_id(token)
-        if found is None:
-            raise ValueError(f"the tokenizer has no {token} token; train one with `python -m train.train_tokenizer`")
-        return found
+    keys = ("content", "reasoning_content")
+    if not any(isinstance(m.get(k), str) and "<" in m[k] for m in messages for k in keys):
+        return messages, lambda text: text
+    tags = CONTROL_TOKENS + [tag for tag in TAG_TOKENS if "tool_response" not in tag]
+    guarded = []
+    for message in messages:
+        tokens = CONTROL_TOKENS if message.get("role") == "assistant" else tags
+        guarded.append({k: guard(v, tokens) if k in keys else v for k, v in message.items()})
+    return guarded, lambda text: text.replace(_SHIELD, "")
 
 
 def _without_special_tokens(backend: Tokenizer) -> Tokenizer:

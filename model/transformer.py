@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from model.attention import RMSNorm, RotaryEmbedding, SmartAttention, attention_mask
 from model.cache import KVCache, LayerCache
 from model.config import HaoAIConfig
-from model.cross_entropy import linear_cross_entropy, token_log_probs
+from model.cross_entropy import compute_dtype, linear_cross_entropy, token_log_probs
 from model.feedforward import SmartFeedForward
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class SmartHaoAI(nn.Module):
         """Positions (B or 1, T) for the rotation, and one attention mask per layer (shared between like layers)."""
         B, T = input_ids.shape
         device = input_ids.device
+        dtype = compute_dtype(self.embed_tokens.weight)
         start = 0
         key_valid = None if padding_mask is None or cache is not None else padding_mask.bool()
         if cache is not None:
@@ -197,7 +198,7 @@ class SmartHaoAI(nn.Module):
                 if free and (T == 1 or held == T):
                     made[window, held] = None  # plain causality: the kernels need no mask
                 else:
-                    made[window, held] = attention_mask(slots, keys, window, key_valid, segment_ids, segment_ids)
+                    made[window, held] = attention_mask(slots, keys, window, key_valid, segment_ids, segment_ids, dtype)
             masks.append(made[window, held])
         return position_ids, masks
 

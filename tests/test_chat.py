@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def folder(tmp_path_factory):
     """A working directory with weight/sft and an older weight/pretrain: one random tiny model."""
     place = tmp_path_factory.mktemp("chat")
-    tokenizer = BPETokenizer.train(["你好，很高兴见到你。", "Hello, how are you today? " * 3], vocab_size=400, progress=False)
+    texts = ["你好，很高兴见到你。", "Hello, how are you today? " * 3]
+    tokenizer = BPETokenizer.train(texts, vocab_size=400, progress=False)
     torch.manual_seed(0)
     shape = HaoAIConfig(vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32, intermediate_size=64,
-                        max_position_embeddings=512)
+                        max_position_embeddings=8192)
     SmartHaoAI(shape).save_pretrained(place / "weight" / "sft", tokenizer)
     shutil.copytree(place / "weight" / "sft", place / "weight" / "pretrain")
     return place
@@ -37,8 +39,8 @@ def environment(folder, **changes):
 
 def piped(folder, text, *arguments, **changes):
     return subprocess.run(
-        [sys.executable, str(ROOT / "chat.py"), *arguments], input=text.encode(), cwd=folder, capture_output=True, timeout=120,
-        env=environment(folder, **changes), check=False,
+        [sys.executable, str(ROOT / "chat.py"), *arguments], input=text.encode(), cwd=folder, capture_output=True,
+        timeout=120, env=environment(folder, **changes), check=False,
     )
 
 
@@ -69,7 +71,8 @@ def test_conversations_are_saved_and_loaded(folder):
     done = piped(folder, lines, "--max-new-tokens", "3", "--lang", "en")
     saved = json.loads((folder / "talk.json").read_text(encoding="utf-8"))["messages"]
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
-    assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine" and "not a saved conversation" in done.stderr.decode()
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert "not a saved conversation" in done.stderr.decode()
 
 
 def test_no_model_says_how_to_make_one(folder, tmp_path):
@@ -131,7 +134,7 @@ def terminal(folder):
         )
         children.append(child)
         child.expect("/help lists the commands")
-        child.expect("You> ")
+        child.expect("You>")
         return child
 
     yield start
@@ -165,12 +168,12 @@ def test_terminal_commands_history_and_end(terminal, folder):
 
 def test_ctrl_c_stops_the_answer_and_twice_quits(terminal):
     """The first Ctrl-C must leave a usable session, the second one leave."""
-    child = terminal("--max-new-tokens", "480")
+    child = terminal("--max-new-tokens", "8000", "--temperature", "0")  # greedy: goes round in circles, endlessly
     child.send("tell me a very long story\r")
     child.expect("very long story")
-    child.expect("[a-z]{1,3}")
+    time.sleep(0.5)
     child.sendintr()
-    child.expect("press Ctrl-C again")
+    child.expect("stopped; press Ctrl-C again")
     child.send("/thinking off\r")
     child.expect("thinking: off")
     child.sendintr()

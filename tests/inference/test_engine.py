@@ -9,6 +9,7 @@ from inference.engine import Engine, PromptCache
 from inference.sampling import SamplingSettings
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=12, eos_token_id=[])
+WINDOWS = {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}
 PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17, 18], [40], [60, 61, 62, 63, 64]]
 
 
@@ -20,9 +21,7 @@ def greedy_by_full_forward(model, prompt, count):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"qk_norm": False, "tie_word_embeddings": False}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"},
-])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "tie_word_embeddings": False}, WINDOWS])
 def test_cached_greedy_equals_full_forward(changes, make_model):
     """A cache that masks, shifts or forgets a position gives other tokens after the first few."""
     model = make_model(**changes)
@@ -32,7 +31,7 @@ def test_cached_greedy_equals_full_forward(changes, make_model):
         assert [token for piece in Engine(model).stream(prompt, GREEDY) for token in piece.ids] == expected
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}])
+@pytest.mark.parametrize("changes", [{}, WINDOWS])
 def test_left_padded_batch_equals_single_rows(changes, make_model):
     """Padding that is attended to, or that shifts positions, changes the short rows."""
     engine = Engine(make_model(**changes))
@@ -118,7 +117,7 @@ def test_damaged_weights_are_explained(make_model):
         Engine(model).generate([[1, 2]], GREEDY)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}])
+@pytest.mark.parametrize("changes", [{}, WINDOWS])
 def test_prompt_cache_gives_what_a_fresh_one_gives(changes, make_model):
     """Reused keys and values must be exactly those of the common prefix, also after the reply was broken off."""
     engine = Engine(make_model(**changes))

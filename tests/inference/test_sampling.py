@@ -126,10 +126,10 @@ def test_logprobs_are_those_of_the_unmodified_logits():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"temperature": -1}, {"temperature": math.nan}, {"temperature": "hot"}, {"top_p": 1.5}, {"top_k": -1}, {"top_k": 2.5},
-    {"min_p": 2}, {"repetition_penalty": 0}, {"max_new_tokens": 0}, {"max_new_tokens": True}, {"n": 0}, {"stop": [""]},
-    {"stop": [3]}, {"eos_token_id": -1}, {"seed": -1}, {"no_repeat_ngram_size": -2}, {"presence_penalty": math.inf},
-    {"min_new_tokens": 300},
+    {"temperature": -1}, {"temperature": math.nan}, {"temperature": "hot"}, {"top_p": 1.5}, {"top_k": -1},
+    {"top_k": 2.5}, {"min_p": 2}, {"repetition_penalty": 0}, {"max_new_tokens": 0}, {"max_new_tokens": True}, {"n": 0},
+    {"stop": [""]}, {"stop": [3]}, {"eos_token_id": -1}, {"seed": -1}, {"no_repeat_ngram_size": -2},
+    {"presence_penalty": math.inf}, {"min_new_tokens": 300},
 ])
 def test_wrong_settings_name_the_field(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -143,7 +143,8 @@ def test_one_stop_string_is_not_a_list_of_letters():
 @pytest.mark.parametrize("seed", range(4))
 def test_processed_logits_equal_transformers(seed):
     """The whole chain, in its order, on random histories."""
-    generation = pytest.importorskip("transformers", reason="transformers is not installed: parity is not checked").generation
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: parity is not checked")
+    generation = transformers.generation
     torch.manual_seed(seed)
     vocab, prompt, new = 60, 12, 3
     ids = torch.randint(0, 12, (5, prompt + new))
@@ -161,7 +162,7 @@ def test_processed_logits_equal_transformers(seed):
     for column in range(prompt, prompt + new):
         history.append(ids[:, column])
     settings = SamplingSettings(
-        repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=5, eos_token_id=[1, 4], temperature=0.7, top_k=25,
-        top_p=0.9, min_p=0.02,
+        repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=5, eos_token_id=[1, 4], temperature=0.7,
+        top_k=25, top_p=0.9, min_p=0.02,
     )
     assert torch.equal(process_logits(logits, history, settings), theirs)

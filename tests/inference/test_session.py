@@ -9,7 +9,8 @@ from inference import ChatSession, SamplingSettings
 
 
 def make_session(model, tokenizer, **settings):
-    return ChatSession(model, tokenizer, settings=SamplingSettings(**{"temperature": 0, "max_new_tokens": 12, **settings}))
+    settings = {"temperature": 0, "max_new_tokens": 12, **settings}
+    return ChatSession(model, tokenizer, settings=SamplingSettings(**settings))
 
 
 class Scripted:
@@ -120,10 +121,11 @@ def test_a_broken_off_answer_is_remembered_as_far_as_it_came(model, tokenizer, m
 
 def test_loading_a_conversation(model, tokenizer):
     chat = make_session(model, tokenizer)
-    saved = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    saved = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
     chat.load_messages(saved)
-    assert chat.system == "S" and chat.messages == saved[1:]
-    for wrong, message in [({}, "list"), ([{"role": "king", "content": ""}], "message 1"), ([{"role": "user"}], "content")]:
+    assert chat.system == "system" and chat.messages == saved[1:]
+    king = [{"role": "king", "content": ""}]
+    for wrong, message in [({}, "list"), (king, "message 1"), ([{"role": "user"}], "content")]:
         with pytest.raises(ValueError, match=message):
             chat.load_messages(wrong)
     assert chat.messages == saved[1:]

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from tools.curriculum import fact_table as table
 
@@ -278,7 +278,7 @@ def statement(fact: Fact, lang: str, rng: random.Random) -> str:
     return rng.choice(BY_NAME[fact.category].statements[lang]).format_map(fact.slots[lang])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _answer_pattern(category: str, lang: str, subject: str) -> re.Pattern[str]:
     """Answer words of a category and the subject, longest first, so that an answer inside the subject is not counted."""
     fixed = {"反义词", "相反"} if category == "opposite" and lang == "zh" else set()
