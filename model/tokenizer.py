@@ -61,7 +61,9 @@ class BPETokenizer:
         self.im_end_id = self._required(IM_END)
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         controls = {token.content for token in backend.get_added_tokens_decoder().values() if token.special} - set(TAG_TOKENS)
-        self._control_pattern = re.compile("|".join(re.escape(token) for token in sorted(controls | {DOCUMENT_END, IM_START, IM_END})))
+        controls |= {DOCUMENT_END, IM_START, IM_END}
+        self._control_pattern = re.compile("|".join(map(re.escape, sorted(controls))))
+        self._foreign_pattern = re.compile("|".join(map(re.escape, sorted(controls | {THINK, THINK_END, "<tool_call>", "</tool_call>"}))))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, progress: bool = True) -> BPETokenizer:
@@ -203,27 +205,35 @@ class BPETokenizer:
             mask += [learned] * len(part)
         return Rendered("".join(piece for piece, _ in pieces).replace(mark, ""), ids, mask)
 
-    def _shield(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
-    """Messages whose special tokens are marked as plain text: turn marks in every message, tags too in what is not the assistant's.
+    def _shield(self, value: Any, mark: str, pattern: re.Pattern[str] | None = None) -> Any:
+        """The same messages or tools with every special token that stands in a text put between two marks.
 
-    <tool_response> stays as it is: by the format, a user turn may hand over a tool's result in it.
-    """
-    def guard(value: Any, tokens: list[str]) -> Any:
-        if isinstance(value, str) and "<" in value:
-            value = value.replace(_SHIELD, "")
-            for token in tokens:
-                value = value.replace(token, _SHIELD + token + _SHIELD)
+        Control tokens are marked everywhere, tags in what is not the assistant's own. <tool_response> stays as it is: by the
+        format, a user's turn may hand over a tool's result in it.
+        """
+        pattern = pattern or self._control_pattern
+        if isinstance(value, str):
+            return pattern.sub(lambda found: mark + found.group() + mark, value) if "<" in value else value
+        if isinstance(value, dict):
+            if value.get("role") in ("user", "system", "tool"):
+                pattern = self._foreign_pattern
+            return {self._shield(key, mark, pattern): self._shield(item, mark, pattern) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._shield(item, mark, pattern) for item in value]
         return value
 
-    keys = ("content", "reasoning_content")
-    if not any(isinstance(m.get(k), str) and "<" in m[k] for m in messages for k in keys):
-        return messages, lambda text: text
-    tags = CONTROL_TOKENS + [tag for tag in TAG_TOKENS if "tool_response" not in tag]
-    guarded = []
-    for message in messages:
-        tokens = CONTROL_TOKENS if message.get("role") == "assistant" else tags
-        guarded.append({k: guard(v, tokens) if k in keys else v for k, v in message.items()})
-    return guarded, lambda text: text.replace(_SHIELD, "")
+    def _encode_shielded(self, text: str, mark: str) -> list[int]:
+        """Encode rendered text: the template's own special tokens are parsed, shielded ones from a message are not."""
+        ids: list[int] = []
+        for index, part in enumerate(text.split(mark)):
+            ids += self.encode(part, parse_special=index % 2 == 0)
+        return ids
+
+    def _required(self, token: str) -> int:
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no {token} token; train one with `python -m train.train_tokenizer`")
+        return found
 
 
 def _without_special_tokens(backend: Tokenizer) -> Tokenizer:
