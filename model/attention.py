@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from model.cache import LayerCache
 from model.config import HaoAIConfig
 
-
 LONGEST_EXPLICIT = 1024  # keys up to which training on a CPU stores the attention weights
 
 

@@ -31,7 +31,8 @@ FIELD_NAMES = {
     "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
     "n_embd": "hidden_size", "head_dim": "head_dim", "intermediate_size": "intermediate_size",
     "max_position_embeddings": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps", "tie_word_embeddings": "tie_word_embeddings",
-    "attention_dropout": "attention_dropout", "initializer_range": "initializer_range", "use_cache": "use_cache", "dropout": "residual_dropout",
+    "attention_dropout": "attention_dropout", "initializer_range": "initializer_range", "use_cache": "use_cache",
+    "dropout": "residual_dropout",
 }
 
 
@@ -58,7 +59,6 @@ def load_pretrained(path: str | Path, device: str | torch.device = "cpu", dtype:
     weights = weights_from_disk(load_weights(path / WEIGHTS_FILE), config, path / WEIGHTS_FILE)
     with torch.device("meta"):
         model = SmartHaoAI(config)
-    _check_weights(model, weights, path / WEIGHTS_FILE)
     model.load_state_dict({name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}, assign=True)
     for module in model.modules():
         if hasattr(module, "inverse_frequency"):
@@ -204,24 +204,27 @@ def weights_to_disk(state: dict[str, Tensor], config: HaoAIConfig) -> dict[str, 
 
 
 def weights_from_disk(disk: dict[str, Tensor], config: HaoAIConfig, file: Path) -> dict[str, Tensor]:
-    """transformers' key names -> our state dict; the inverse of `weights_to_disk`."""
-    disk = dict(disk)
+    """transformers' key names -> our state dict; the inverse of `weights_to_disk`. ValueError names a tensor of `file` that is
+    missing, not expected or of another shape."""
+    disk = {name: tensor for name, tensor in disk.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         disk.pop("lm_head.weight", None)
+    _check_weights(disk, config, file)
     state: dict[str, Tensor] = {}
     for fused, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
         for name in [n for n in disk if f".{parts[0]}." in n]:
             others = [name.replace(parts[0], part) for part in parts]
-            missing = [n for n in others if n not in disk]
-            if missing:
-                raise ValueError(f"{file} lacks {', '.join(missing)}")
             state[name.replace(parts[0], fused).removeprefix("model.")] = torch.cat([disk.pop(n) for n in others])
-    state.update({name.removeprefix("model."): tensor for name, tensor in disk.items() if not name.endswith("rotary_emb.inv_freq")})
+    state.update({name.removeprefix("model."): tensor for name, tensor in disk.items()})
     return state
 
 
-def _check_weights(model: SmartHaoAI, weights: dict[str, Tensor], file: Path) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+def _check_weights(weights: dict[str, Tensor], config: HaoAIConfig, file: Path) -> None:
+    from model.transformer import SmartHaoAI
+
+    with torch.device("meta"):
+        model = SmartHaoAI(config)
+    expected = {name: tuple(p.shape) for name, p in weights_to_disk(model.state_dict(), config).items()}
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
         raise ValueError(f"{file} does not fit its config.json: missing {missing[:4]}, not expected {extra[:4]}")

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CHUNK = 1024
+ROW_MULTIPLE = 128
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> Tensor:
@@ -50,6 +52,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(hidden)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = weight.to(dtype)
+        count = hidden.shape[0]
+        if surplus := -count % ROW_MULTIPLE:
+            # Few different shapes: CPU kernels keep memory for each one they have met. Rows of weight 0 change no sum.
+            if token_weights is None:
+                token_weights = torch.ones(count, device=hidden.device)
+            hidden, targets, token_weights = F.pad(hidden, (0, 0, 0, surplus)), F.pad(targets, (0, surplus)), F.pad(token_weights, (0, surplus))
         with torch.autocast(hidden.device.type, enabled=False):
             total = torch.zeros((), device=hidden.device, dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -71,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[start : start + CHUNK] = gradient @ head
                 if grad_weight is not None:
                     grad_weight += gradient.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:count], grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 

@@ -35,8 +35,15 @@ def tiny_tokenizer() -> BPETokenizer:
 @pytest.fixture(scope="session")
 def tiny_config(tiny_tokenizer: BPETokenizer) -> HaoAIConfig:
     """Two layers of width 32 with grouped queries, over the vocabulary of `tiny_tokenizer`."""
-    return HaoAIConfig(vocab_size=tiny_tokenizer.vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=64,
-                       max_position_embeddings=256)
+    return HaoAIConfig(
+        vocab_size=tiny_tokenizer.vocab_size,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        intermediate_size=64,
+        max_position_embeddings=256,
+    )
 
 
 @pytest.fixture

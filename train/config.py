@@ -168,6 +168,7 @@ class StageConfig:
         _require(0 <= self.data.val_share < 1, "data.val_share", self.data.val_share, "in [0, 1)")
         _require(0 <= self.data.short_length <= self.data.max_length, "data.short_length", self.data.short_length, "between 0 and data.max_length")
         _require(self.tokenizer.sample_mb > 0, "tokenizer.sample_mb", self.tokenizer.sample_mb, "above 0")
+        self.model_shape()
 
     def model_shape(self) -> dict[str, Any]:
         """Fields of HaoAIConfig: the preset's, then those set by name. Raises UsageError for unknown ones."""
@@ -310,8 +311,13 @@ def set_value(settings: Any, name: str, value: Any, prefix: str = "") -> None:
 
 def convert(value: Any, kind: Any, name: str) -> Any:
     """`value` as the annotated type; text such as "3e-4", "true" or "none" is understood. Raises UsageError."""
-    if kind is Any or kind == dict[str, Any]:
+    if kind is Any:
         return _literal(value)
+    if kind == dict[str, Any]:
+        value = _literal(value)
+        if value is not None and not isinstance(value, dict):
+            raise UsageError(f"{name}={value!r} is not a mapping; set its fields by name, for example {name}.preset=nano")
+        return value or {}  # an empty section of a settings file reads as None
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = typing.get_args(kind)
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "") and type(None) in kinds):
@@ -371,7 +377,9 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def to_yaml(settings: Any) -> str:
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+    """The settings as a file for --config. Switches are left out: a file must not overwrite a directory unasked."""
+    values = {name: value for name, value in to_dict(settings).items() if name not in FLAGS}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def help_text(kind: type) -> str:

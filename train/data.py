@@ -6,7 +6,7 @@ only their own document (`segment_ids`). Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -67,9 +67,11 @@ class Row:
         self.length += len(ids)
 
 
-def collate(rows: list[Row], pad_id: int, length: int | None = None) -> Batch:
-    """Rows as one batch of the longest row's length (or `length`), labels and segment numbers included."""
-    T = length or -(-max(row.length for row in rows) // ROUND_TO) * ROUND_TO
+def collate(rows: list[Row], pad_id: int, length: int | None = None, limit: int | None = None) -> Batch:
+    """Rows as one batch of `length`, or of the longest row's length rounded up to at most `limit`; with labels and segment numbers."""
+    longest = max(row.length for row in rows)
+    rounded = -(-longest // ROUND_TO) * ROUND_TO
+    T = length or (rounded if limit is None else max(longest, min(rounded, limit)))
     ids = np.full((len(rows), T), pad_id, dtype=np.int64)
     labels = np.full((len(rows), T), IGNORE, dtype=np.int64)
     segments = np.zeros((len(rows), T), dtype=np.int64)
@@ -88,7 +90,7 @@ class _Documents:
 
     def __init__(self, store: TokenStore, split: str, seed: int) -> None:
         self.split: Split = getattr(store, split)
-        self._ranges = [(source.ranges[split], source.weight) for source in store.sources]
+        self.ranges = [(source.ranges[split], source.weight) for source in store.sources]
         self._seed = seed
         self._cached: tuple[int, np.ndarray] | None = None
         if len(self.split) == 0:
@@ -99,7 +101,7 @@ class _Documents:
         if self._cached is None or self._cached[0] != epoch:
             random = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
             chosen = []
-            for (start, stop), weight in self._ranges:
+            for (start, stop), weight in self.ranges:
                 whole, part = divmod(weight, 1.0)
                 chosen += [np.arange(start, stop)] * int(whole)
                 if part:
@@ -114,7 +116,7 @@ class _Documents:
     def mean_tokens(self) -> float:
         """Tokens of one epoch."""
         lengths = self.split.lengths
-        return float(sum(weight * lengths[start:stop].sum() for (start, stop), weight in self._ranges))
+        return float(sum(weight * lengths[start:stop].sum() for (start, stop), weight in self.ranges))
 
 
 class PackedText:
@@ -190,7 +192,7 @@ class CutReport:
 
 
 class PackedConversations:
-    """Whole conversations fitted into rows (best fit within blocks of documents); rows of like length share a batch."""
+    """Whole conversations fitted into rows (exactly where possible, within blocks of documents); rows of like length share a batch."""
 
     def __init__(self, store: TokenStore, batch_size: int, max_length: int, pad_id: int, seed: int = 0, rows_per_step: int | None = None,
                  split: str = "train", log: Callable[[str], object] | None = None) -> None:
@@ -219,7 +221,7 @@ class PackedConversations:
                 row.add(self.documents.split.tokens(document, start, stop), self.documents.split.mask(document, start, stop))
             rows.append(row)
             self.row += 1
-        return collate(rows, self.pad_id)
+        return collate(rows, self.pad_id, limit=self.max_length)
 
     def _advance(self) -> None:
         self.block, self.row = self.block + 1, 0
@@ -271,8 +273,9 @@ class PackedConversations:
         report = CutReport()
         kept = self.documents.mean_tokens()
         lengths = self.documents.split.lengths
-        for document in np.nonzero(lengths > self.max_length)[0]:
-            kept -= lengths[document] - sum(stop - start for _, start, stop in self._pieces(int(document), report))
+        for (first, last), weight in self.documents.ranges:
+            for document in first + np.nonzero(lengths[first:last] > self.max_length)[0]:
+                kept -= weight * (lengths[document] - sum(stop - start for _, start, stop in self._pieces(int(document), report)))
         return int(kept), report
 
     def rows_per_epoch(self) -> float:
@@ -286,23 +289,44 @@ class PackedConversations:
 
 
 def fit_rows(pieces: list[tuple[int, int, int]], length: int, group: int, random: np.random.Generator) -> list[list[tuple[int, int, int]]]:
-    """Best-fit decreasing: each piece goes to the fullest row with room. Rows of like fill are neighbours in groups of `group`
-    (the rows of one optimiser step), the groups are shuffled."""
-    rows: list[list[tuple[int, int, int]]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for piece in sorted(pieces, key=lambda p: p[1] - p[2]):
-        size = piece[2] - piece[1]
-        place = bisect_left(room, (size, -1))
-        if place < len(room):
-            free, row = room.pop(place)
-        else:
-            free, row = length, len(rows)
-            rows.append([])
-        rows[row].append(piece)
-        insort(room, (free - size, row))
-    filled = sorted(range(len(rows)), key=lambda r: -sum(stop - start for _, start, stop in rows[r]))
-    groups = [filled[i : i + group] for i in range(0, len(filled), group)]
-    return [rows[r] for g in random.permutation(len(groups)) for r in groups[g]]
+    """Fit whole pieces into rows of `length` tokens, with as little left free as possible.
+
+    A row begins with the longest piece left; one piece or two that fill the rest exactly close it, until then the longest that
+    fits is added. Rows of like fill are neighbours in groups of `group` (the rows of one optimiser step), the groups are shuffled.
+    """
+    by_size: dict[int, list[tuple[int, int, int]]] = {}
+    for piece in pieces:
+        by_size.setdefault(piece[2] - piece[1], []).append(piece)
+    sizes = sorted(by_size)
+
+    def take(size: int) -> tuple[int, int, int]:
+        piece = by_size[size].pop()
+        if not by_size[size]:
+            del by_size[size]
+            sizes.pop(bisect_left(sizes, size))
+        return piece
+
+    rows: list[tuple[int, list[tuple[int, int, int]]]] = []
+    while sizes:
+        free = length - sizes[-1]
+        row = [take(sizes[-1])]
+        while sizes and sizes[0] <= free:
+            smaller = _exact_pair(by_size, sizes, free)
+            size = free if free in by_size else smaller or sizes[bisect_right(sizes, free) - 1]
+            row.append(take(size))
+            free -= size
+        rows.append((free, row))
+    rows.sort(key=lambda r: r[0])
+    groups = [rows[i : i + group] for i in range(0, len(rows), group)]
+    return [row for g in random.permutation(len(groups)) for _, row in groups[g]]
+
+
+def _exact_pair(by_size: dict[int, list[tuple[int, int, int]]], sizes: list[int], total: int) -> int | None:
+    """The smaller of two sizes that add up to `total`, when there are two such pieces."""
+    for size in sizes[: bisect_right(sizes, total // 2)]:
+        if total - size in by_size and (2 * size != total or len(by_size[size]) > 1):
+            return size
+    return None
 
 
 def _cut_long_turn(mask: np.ndarray, start: int, after: int, length: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ refuse what is not finite, update, log, evaluate, save.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -113,6 +114,8 @@ class _Fit:
         if checkpoint is not None:
             self.scaler.load_state_dict(saved["scaler"])
         self.metrics = MetricsLog(self.out_dir, self.state.step)
+        for row in self.metrics.rows:
+            self.last_row.update({k: v for k, v in row.items() if v is not None})
         atomic_write_text(self.out_dir / "run.yaml", to_yaml(self.settings))
         self.log(f"precision {self.precision.name} ({self.precision.reason}); {self.state.total_steps:,} steps")
         try:
@@ -189,14 +192,14 @@ class _Fit:
             if evaluated or last or step % self.train.log_every == 0:
                 self._log_row(self.window, evaluated)
                 self.window = _Window()
-            if last or (self.train.sample_every and step % self.train.sample_every == 0):
-                self._write_samples()
             self.bar.update(1)
             due = self.train.checkpoint_every and step % self.train.checkpoint_every == 0
             overdue = self.train.checkpoint_minutes and time.monotonic() - saved_at > self.train.checkpoint_minutes * 60
             if due or overdue or last or stop.requested:
                 self._save()
                 saved_at = time.monotonic()
+            if last or (self.train.sample_every and step % self.train.sample_every == 0):
+                self._write_samples()  # after the checkpoint: what is only for show must not cost a run
             if stop.requested and not last:
                 return True
         return False
@@ -239,7 +242,8 @@ class _Fit:
         else:
             self.state.skipped += 1
             self.skipped_in_a_row += 1
-            self.metrics.event(self.state.step, "skipped", loss=str(loss_sum), grad_norm=str(norm))
+            # The number of the step that is running: a run resumed from the checkpoint before it logs the event again.
+            self.metrics.event(self.state.step + 1, "skipped", loss=str(loss_sum), grad_norm=str(norm))
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -306,9 +310,10 @@ class _Window:
     seconds: float = 0.0
 
     def add(self, loss_sum: float, weight: float, norm: float, positions: int, real: int) -> None:
-        self.loss_sum += loss_sum
-        self.weight += weight
-        self.norm = norm if self.norm is None else max(self.norm, norm)
+        if math.isfinite(loss_sum) and math.isfinite(norm):  # a skipped step must not spoil the row, and NaN is not JSON
+            self.loss_sum += loss_sum
+            self.weight += weight
+            self.norm = norm if self.norm is None else max(self.norm, norm)
         self.positions += positions
         self.real += real
 

@@ -45,7 +45,12 @@ def open_out_dir(settings: StageConfig) -> None:
         raise UsageError(f"out_dir={out} is also model_dir: --overwrite would delete the checkpoint to start from")
     if not any((out / name).exists() for name in ("run.yaml", FOLDER, "config.json")):
         raise UsageError(f"out_dir={out} holds files that no run wrote; it is not overwritten, name another out_dir")
-    shutil.rmtree(out)
+
+
+def clear_out_dir(settings: StageConfig) -> None:
+    """Delete what --overwrite replaces; only once everything that can be wrong with the settings and the data has been checked."""
+    if settings.overwrite and not settings.resume and Path(settings.out_dir).is_dir():
+        shutil.rmtree(settings.out_dir)
 
 
 def load_tokenizer(settings: StageConfig, log: Callable[[str], object] = print) -> BPETokenizer:
@@ -130,6 +135,7 @@ def run_lm_stage(settings: StageConfig, kind: str, spec: Any, sample: Sampler, l
         log("  time       " + _estimate(settings, config, source))
         return 0
     model = make_model(settings, config)
+    clear_out_dir(settings)
     result = fit(settings, model, source, lm_loss, _evaluation(settings, store, tokenizer, kind, log), tokenizer=tokenizer,
                  sample=lambda m: sample(m, tokenizer), log=log)
     if result.interrupted:

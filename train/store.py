@@ -139,6 +139,8 @@ def _build(folder: Path, files: list[DataFile], tokenizer: BPETokenizer, kind: s
         counts = {name: writer.close() for name, writer in writers.items()}
         bad.report(log)
         bad.raise_if_strict(strict)
+        if counts["val"][0] and not counts["train"][0]:
+            raise ValueError(f"all {counts['val'][0]} documents are held out by data.val_share={share:g}; set data.val_share=0, or add data")
         if counts["train"][0] == 0:
             names = ", ".join(str(f.path) for f in files[:3])
             wanted = "text" if kind == "pretrain" else "conversation"

@@ -22,13 +22,14 @@ def sft(settings: SFTConfig, log: Callable[[str], object] = print) -> int:
 
 
 def sample_answers(model: SmartHaoAI, tokenizer: BPETokenizer) -> list[tuple[str, str]]:
-    """(question, answer) pairs, thinking included, greedy."""
+    """(question, answer) pairs, thinking included, greedy; questions that a very short context cannot hold are left out."""
     from inference import Engine, SamplingSettings
 
-    prompts = [tokenizer.render([{"role": "user", "content": q}], add_generation_prompt=True).ids for q in SAMPLE_QUESTIONS]
+    rendered = {q: tokenizer.render([{"role": "user", "content": q}], add_generation_prompt=True).ids for q in SAMPLE_QUESTIONS}
+    prompts = {q: ids for q, ids in rendered.items() if len(ids) < model.config.max_position_embeddings}
     settings = SamplingSettings(max_new_tokens=120, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
-    answers = Engine(model, tokenizer).generate(prompts, settings)
-    return [(question, completions[0].text) for question, completions in zip(SAMPLE_QUESTIONS, answers, strict=True)]
+    answers = Engine(model, tokenizer).generate(list(prompts.values()), settings) if prompts else []
+    return [(question, completions[0].text) for question, completions in zip(prompts, answers, strict=True)]
 
 
 def main() -> int:

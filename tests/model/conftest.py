@@ -26,11 +26,19 @@ def seed() -> int:
 
 @pytest.fixture(scope="session")
 def make_model() -> ModelMaker:
-    """Build a random model from config fields. Weights are large and norms uneven, so that no part can be left out unnoticed."""
+    """Build a random model from config fields: large weights and uneven norms, no part is left out unnoticed."""
 
     def make(**fields: Any) -> SmartHaoAI:
-        shape: dict[str, Any] = {"vocab_size": 61, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "intermediate_size": 48,
-                                 "max_position_embeddings": 64, "initializer_range": 0.15}
+        shape: dict[str, Any] = {
+            "vocab_size": 61,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_kv_head": 2,
+            "n_embd": 32,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.15,
+        }
         model = SmartHaoAI(HaoAIConfig(**{**shape, **fields})).eval()
         with torch.no_grad():
             for module in model.modules():

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.attention import _explicit_attention
 from model.transformer import pad_left
 
 WINDOW = {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}
 
 
 def reference_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
-@pytest.mark.parametrize("fields", [{}, WINDOW, {"n_kv_head": 4, "qk_norm": False}], ids=["full", "windows", "multi-head"])
+@pytest.mark.parametrize(
+    "fields", [{}, WINDOW, {"n_kv_head": 4, "qk_norm": False}], ids=["full", "windows", "multi-head"]
+)
 def test_a_token_changes_nothing_before_it(fields: dict, make_model, seed: int) -> None:
     """Guards: a model that sees the future trains to a loss of zero and writes nonsense."""
     model = make_model(**fields)
@@ -49,9 +54,11 @@ def test_a_window_is_that_many_keys_with_the_token_itself(window: int, make_mode
                 assert moved < 2e-6, f"a key {distance} back must not be seen by a window of {window}"
 
 
-@pytest.mark.parametrize("fields", [{}, WINDOW, {"tie_word_embeddings": False, "qk_norm": False}], ids=["full", "windows", "untied"])
+@pytest.mark.parametrize(
+    "fields", [{}, WINDOW, {"tie_word_embeddings": False, "qk_norm": False}], ids=["full", "windows", "untied"]
+)
 def test_packed_documents_equal_separate_documents(fields: dict, make_model, seed: int) -> None:
-    """Guards: attention or positions that run across a document's border; labels predicted from another document's last token."""
+    """Guards: attention or positions that run across a border; labels predicted from another document's last token."""
     model = make_model(**fields)
     documents = [torch.randint(61, (1, n)) for n in (7, 1, 12, 4)]
     row = torch.cat(documents, dim=1)
@@ -170,3 +177,58 @@ def test_pad_left() -> None:
     """Guards: ids and mask that disagree about the side of the padding."""
     ids, mask = pad_left([[5, 6, 7], [8]], pad_id=0)
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_explicit_attention_equals_the_kernel(kv_heads: int, masked: bool, seed: int) -> None:
+    """Guards: heads paired with another group's keys in the path that trains on a CPU; values and gradients."""
+    shapes = [(2, 4, 9, 6), (2, kv_heads, 9, 6), (2, kv_heads, 9, 6)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    mask = None
+    if masked:
+        allowed = (torch.rand(2, 1, 9, 9) < 0.5).tril() | torch.eye(9, dtype=torch.bool)
+        mask = torch.zeros(2, 1, 9, 9).masked_fill(~allowed, float("-inf"))
+    q, k, v = inputs
+    expected = F.scaled_dot_product_attention(
+        q,
+        k.repeat_interleave(4 // kv_heads, 1),
+        v.repeat_interleave(4 // kv_heads, 1),
+        attn_mask=mask,
+        is_causal=not masked,
+    )
+    actual = _explicit_attention(q, k, v, mask, 0.0)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(expected)
+    gradients = zip(
+        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    )
+    for ours, theirs in gradients:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, WINDOW, {"n_kv_head": 4}], ids=["full", "windows", "multi-head"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_training_is_the_same_model(fields: dict, packed: bool, make_model, seed: int) -> None:
+    """Guards: masks, windows or documents that are lost in the mixed-precision path."""
+    model = make_model(initializer_range=0.05, **fields).train()
+    ids = torch.randint(61, (2, 24))
+    segments = torch.tensor([[0] * 9 + [1] * 15, [0] * 24]) if packed else None
+    exact = model(ids, segment_ids=segments, labels=ids, return_logits=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(ids, segment_ids=segments, labels=ids, return_logits=True)
+    assert abs(mixed.loss.item() - exact.loss.item()) < 0.02
+    torch.testing.assert_close(mixed.logits.float(), exact.logits, rtol=0, atol=0.03 * exact.logits.abs().max().item())
+    mixed.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_bfloat16_training_with_a_padded_row_is_finite(make_model, seed: int) -> None:
+    """Guards: NaN from -inf minus -inf in the explicit softmax."""
+    model = make_model(**WINDOW).train()
+    ids = torch.randint(61, (2, 9))
+    mask = torch.tensor([[0] * 9, [0] * 3 + [1] * 6])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())

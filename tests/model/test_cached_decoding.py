@@ -27,8 +27,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "window-multi-head": {"n_kv_head": 4, "use_sliding_window": True, "window_size": 4, "window_pattern": "LS"},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
-    "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                "original_max_position_embeddings": 16}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
 }
 
 
@@ -43,8 +50,13 @@ def decode(model: SmartHaoAI, ids: Tensor, cuts: list[int], block: int = 256, ma
     cache = KVCache(model.config, ids.shape[0], ids.shape[1], block=block)
     pieces, start = [], 0
     for end in [*cuts, ids.shape[1]]:
-        pieces.append(model(ids[:, start:end], attention_mask=None if mask is None else mask[:, :end] if start == 0 else None,
-                            cache=cache).logits)
+        pieces.append(
+            model(
+                ids[:, start:end],
+                attention_mask=None if mask is None else mask[:, :end] if start == 0 else None,
+                cache=cache,
+            ).logits
+        )
         start = end
     assert cache.length == ids.shape[1]
     return torch.cat(pieces, dim=1)
@@ -52,7 +64,7 @@ def decode(model: SmartHaoAI, ids: Tensor, cuts: list[int], block: int = 256, ma
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_prefill_then_single_tokens_equal_the_full_pass(name: str, make_model, seed: int) -> None:
-    """Guards: a single fed token that is masked from all but position 0; a window that is only used in one of the two paths."""
+    """Guards: a single fed token that sees only position 0; a window that is used in one of the two paths only."""
     model = make_model(**SHAPES[name])
     ids = torch.randint(61, (2, 20))
     with torch.no_grad():
@@ -73,7 +85,7 @@ def test_chunked_prefill_equals_the_full_pass(name: str, make_model, seed: int) 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_left_padded_rows_equal_the_rows_alone(name: str, make_model, seed: int) -> None:
-    """Guards: a padding mask of ones and zeros added to the scores (padding is attended), and positions counted with the padding."""
+    """Guards: a padding mask of ones and zeros added to the scores (it is seen); positions that count the padding."""
     model = make_model(**SHAPES[name])
     lengths, total, prompt = [15, 9, 6], 15, 10  # 10, 4 and 1 real tokens in the prompt
     rows = [torch.randint(61, (1, n)) for n in lengths]
@@ -86,23 +98,44 @@ def test_left_padded_rows_equal_the_rows_alone(name: str, make_model, seed: int)
             assert torch.isfinite(cached).all()
             for index, row in enumerate(rows):
                 alone = model(row).logits[0]
-                assert_same(batched[index, total - lengths[index]:], alone)
-                assert_same(cached[index, total - lengths[index]:], alone)
+                assert_same(batched[index, total - lengths[index] :], alone)
+                assert_same(cached[index, total - lengths[index] :], alone)
 
 
 @given(
-    seed=st.integers(0, 2**31 - 1), kv=st.sampled_from([1, 2, 4]), qk_norm=st.booleans(), tied=st.booleans(), head_dim=st.sampled_from([6, 8]),
-    window=st.sampled_from([None, 1, 2, 6, 40]), pattern=st.sampled_from(["S", "SL", "LSS"]), block=st.sampled_from([1, 3, 7, 64]),
-    rope=st.sampled_from(["grouped", "linear", "yarn", "llama3"]), pads=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    seed=st.integers(0, 2**31 - 1),
+    kv=st.sampled_from([1, 2, 4]),
+    qk_norm=st.booleans(),
+    tied=st.booleans(),
+    head_dim=st.sampled_from([6, 8]),
+    window=st.sampled_from([None, 1, 2, 6, 40]),
+    pattern=st.sampled_from(["S", "SL", "LSS"]),
+    block=st.sampled_from([1, 3, 7, 64]),
+    rope=st.sampled_from(["grouped", "linear", "yarn", "llama3"]),
+    pads=st.lists(st.integers(0, 9), min_size=1, max_size=3),
     cuts=st.lists(st.integers(1, 21), max_size=5, unique=True).map(sorted),
 )
 @settings(max_examples=40, deadline=None)
-def test_random_combinations(make_model, seed: int, kv: int, qk_norm: bool, tied: bool, head_dim: int, window: int | None, pattern: str,
-                             block: int, rope: str, pads: list[int], cuts: list[int]) -> None:
+def test_random_combinations(
+    make_model,
+    seed: int,
+    kv: int,
+    qk_norm: bool,
+    tied: bool,
+    head_dim: int,
+    window: int | None,
+    pattern: str,
+    block: int,
+    rope: str,
+    pads: list[int],
+    cuts: list[int],
+) -> None:
     """Guards: features that are right alone and wrong together."""
     torch.manual_seed(seed)
     windows = {} if window is None else {"use_sliding_window": True, "window_size": window, "window_pattern": pattern}
-    model = make_model(n_kv_head=kv, qk_norm=qk_norm, tie_word_embeddings=tied, head_dim=head_dim, **windows, **SHAPES[rope])
+    model = make_model(
+        n_kv_head=kv, qk_norm=qk_norm, tie_word_embeddings=tied, head_dim=head_dim, **windows, **SHAPES[rope]
+    )
     ids = torch.randint(61, (len(pads), 22))
     mask = torch.tensor([[0] * pad + [1] * (22 - pad) for pad in pads])
     with torch.no_grad():
@@ -137,7 +170,7 @@ def test_rewind_then_another_continuation(name: str, make_model, seed: int) -> N
 
 
 def test_windowed_rewind_never_answers_wrongly(make_model, seed: int) -> None:
-    """Guards: a windowed layer that goes back to where its keys are already overwritten. It either refuses or is right."""
+    """Guards: a windowed layer that goes back to where its keys are overwritten. It either refuses or is right."""
     model = make_model(**SHAPES["window-some"])
     ids, other = torch.randint(61, (1, 30)), torch.randint(61, (1, 3))
     answers = []
@@ -180,12 +213,14 @@ def test_reorder_keeps_repeats_and_drops_rows(make_model, seed: int) -> None:
         cache.reorder(order)
         assert cache.batch_size == 4
         step = model(new, cache=cache).logits[:, 0]
-        whole = model(torch.cat((ids[order], new), dim=1), attention_mask=torch.cat((mask[order], torch.ones(4, 1)), dim=1)).logits[:, -1]
+        whole = model(
+            torch.cat((ids[order], new), dim=1), attention_mask=torch.cat((mask[order], torch.ones(4, 1)), dim=1)
+        ).logits[:, -1]
     assert_same(step, whole)
 
 
 def test_full_cache_and_wrong_padding_are_refused(make_model) -> None:
-    """Guards: writing past the buffer; a right-padded batch decoded as if it were left-padded; packed rows in a cache."""
+    """Guards: writing past the buffer; a right-padded batch decoded as a left-padded one; packed rows in a cache."""
     model = make_model()
     cache = KVCache(model.config, 1, 4)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def test_only_one_side_needs_a_gradient(seed: int) -> None:
 
 
 def test_evaluation_does_not_pay_for_gradients(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a (V, C) gradient and two more products per chunk in every evaluation, because parameters want gradients."""
+    """Guards: a (V, C) gradient and two more products per chunk in every evaluation."""
     hidden, weight, targets, _ = inputs(10)
     asked = []
     function = cross_entropy._LinearCrossEntropy

@@ -16,7 +16,13 @@ transformers = pytest.importorskip("transformers", reason="parity tests need: pi
 
 TOLERANCE = 2e-5  # of the largest logit: two implementations, fp32
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 OURS: dict[str, dict[str, Any]] = {
     "qwen3": {},
@@ -30,14 +36,19 @@ OURS: dict[str, dict[str, Any]] = {
     "qwen3-linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "qwen3-yarn": {"rope_scaling": YARN},
     "llama-llama3": {"qk_norm": False, "rope_scaling": LLAMA3},
-    "llama-yarn-factor": {"qk_norm": False, "rope_scaling": {**YARN, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}},
+    "llama-yarn-factor": {
+        "qk_norm": False,
+        "rope_scaling": {**YARN, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0},
+    },
     "llama-yarn-mscale": {"qk_norm": False, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}},
     "llama-yarn-no-original": {"qk_norm": False, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
 }
 
 
 def load_theirs(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
 
 
 def assert_equal_logits(ours: SmartHaoAI, theirs: Any, length: int = 40) -> None:
@@ -50,7 +61,7 @@ def assert_equal_logits(ours: SmartHaoAI, theirs: Any, length: int = 40) -> None
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_files_in_transformers(name: str, make_model, seed: int, tmp_path: Path) -> None:
-    """Guards: a checkpoint that transformers reads as another model (rotary base, windows, head size, scaling, tied head)."""
+    """Guards: a checkpoint that transformers reads as another model (rotary base, windows, head size, tied head)."""
     ours = make_model(**OURS[name])
     ours.save_pretrained(tmp_path)
     theirs = load_theirs(tmp_path)
@@ -72,9 +83,19 @@ def test_our_files_come_back_through_transformers(name: str, make_model, seed: i
 
 
 def their_config(kind: str, **fields: Any) -> Any:
-    shape: dict[str, Any] = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
-                             "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, "bos_token_id": None,
-                             "eos_token_id": None, "pad_token_id": None}
+    shape: dict[str, Any] = {
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.15,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
     make = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind]
     return make(**{**shape, **fields})
 
@@ -82,11 +103,27 @@ def their_config(kind: str, **fields: Any) -> Any:
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 8}),
     "qwen3-tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-    "qwen3-max-window-layers": ("qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
-    "qwen3-layer-types": ("qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 3,
-                                    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]}),
-    "qwen3-switched-off": ("qwen3", {"head_dim": 8, "use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}),
-    "qwen3-linear": ("qwen3", {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "qwen3-max-window-layers": (
+        "qwen3",
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen3-layer-types": (
+        "qwen3",
+        {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3-switched-off": (
+        "qwen3",
+        {"head_dim": 8, "use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "qwen3-linear": (
+        "qwen3",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
     "llama": ("llama", {}),
     "llama-tied-multi-query": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "llama3": ("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
@@ -109,17 +146,30 @@ def test_their_files_in_our_model(name: str, seed: int, tmp_path: Path) -> None:
     assert_equal_logits(SmartHaoAI.from_pretrained(tmp_path), theirs)
 
 
-@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}, {"rope_type": "llama3", **LLAMA3}, {"type": "yarn", **YARN}],
-                         ids=["none", "linear", "llama3", "yarn"])
+@pytest.mark.parametrize(
+    "scaling",
+    [None, {"type": "linear", "factor": 2.0}, {"rope_type": "llama3", **LLAMA3}, {"type": "yarn", **YARN}],
+    ids=["none", "linear", "llama3", "yarn"],
+)
 def test_old_and_new_spellings_mean_the_same(scaling: dict | None, make_model, tmp_path: Path) -> None:
     """Guards: files of transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype)."""
-    fields = {} if scaling is None else {"rope_scaling": {"rope_type": scaling.get("rope_type", scaling.get("type")), **scaling}}
+    fields = (
+        {}
+        if scaling is None
+        else {"rope_scaling": {"rope_type": scaling.get("rope_type", scaling.get("type")), **scaling}}
+    )
     model = make_model(rope_theta=12345.0, **fields)
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     data = json.loads(file.read_text(encoding="utf-8"))
-    assert data["torch_dtype"] == data["dtype"] == "float32" and data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 12345.0
-    old = {**{k: v for k, v in data.items() if k not in ("rope_parameters", "dtype", "layer_types")}, "rope_scaling": scaling}
+    assert (
+        data["torch_dtype"] == data["dtype"] == "float32"
+        and data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 12345.0
+    )
+    old = {
+        **{k: v for k, v in data.items() if k not in ("rope_parameters", "dtype", "layer_types")},
+        "rope_scaling": scaling,
+    }
     new = {k: v for k, v in data.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     ids = torch.randint(61, (1, 30))
     with torch.no_grad():
@@ -166,35 +216,60 @@ def test_packed_rows_equal_theirs(make_model, seed: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-windows", "llama-llama3"])
 def test_greedy_generation_equals_theirs(name: str, make_model, seed: int, tmp_path: Path) -> None:
-    """Guards: a decoder that walks away from the reference: cache, positions or padding. Near-ties may go either way."""
+    """Guards: a decoder that leaves the reference: cache, positions or padding. Near-ties may go either way."""
     pytest.importorskip("inference.engine")
     ours = make_model(**OURS[name])
     ours.save_pretrained(tmp_path)
     theirs = load_theirs(tmp_path)
     ids, mask = pad_left([torch.randint(1, 61, (n,)).tolist() for n in (9, 4, 12)], pad_id=0)
     actual = ours.generate(ids, attention_mask=mask, max_new_tokens=16, temperature=0)
-    expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
     assert actual.shape == expected.shape == (3, 28)
     for row in range(3):
         different = (actual[row] != expected[row]).nonzero()
         if len(different):
             first = int(different[0])
             with torch.no_grad():
-                top = ours(actual[row : row + 1, :first], attention_mask=torch.cat((mask[row], torch.ones(first - 12, dtype=torch.long)))[None])
+                top = ours(
+                    actual[row : row + 1, :first],
+                    attention_mask=torch.cat((mask[row], torch.ones(first - 12, dtype=torch.long)))[None],
+                )
             best, second = top.logits[0, -1].topk(2).values.tolist()
-            assert best - second < 1e-4, f"row {row} leaves the reference at token {first} with a margin of {best - second:.3g}"
+            assert best - second < 1e-4, (
+                f"row {row} leaves the reference at token {first} with a margin of {best - second:.3g}"
+            )
 
 
 CONVERSATIONS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "你好！"}, {"role": "assistant", "content": "你好，很高兴认识你 😊"}]},
-    {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "12 + 35 = ?"}], "add_generation_prompt": True},
+    {
+        "messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "12 + 35 = ?"}],
+        "add_generation_prompt": True,
+    },
     {"messages": [{"role": "user", "content": "1+1?"}], "add_generation_prompt": True, "enable_thinking": False},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "想一想"},
-                  {"role": "user", "content": "  c\n\n d "}, {"role": "assistant", "content": " e", "reasoning_content": "f\n\ng"}]},
-    {"messages": [{"role": "user", "content": "time?"},
-                  {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {"zone": "北京"}}}]},
-                  {"role": "tool", "content": "12:30"}, {"role": "assistant", "content": "12:30."}],
-     "tools": [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]},
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "reasoning_content": "想一想"},
+            {"role": "user", "content": "  c\n\n d "},
+            {"role": "assistant", "content": " e", "reasoning_content": "f\n\ng"},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "time?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "clock", "arguments": {"zone": "北京"}}}],
+            },
+            {"role": "tool", "content": "12:30"},
+            {"role": "assistant", "content": "12:30."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}],
+    },
 ]
 
 
@@ -204,7 +279,14 @@ def test_the_tokenizer_files_load_in_transformers(tiny_tokenizer, tmp_path: Path
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == tiny_tokenizer.vocab_size
     assert theirs.eos_token_id == tiny_tokenizer.eos_token_id and theirs.pad_token_id == tiny_tokenizer.document_end_id
-    for text in ("今天天气很好 12345", "<|im_start|>user\nhi<|im_end|>\n<think>\n\n</think>", "a  b\t\n\n c", "🤖é\u0301 don't", "<|spare_0|>", ""):
+    for text in (
+        "今天天气很好 12345",
+        "<|im_start|>user\nhi<|im_end|>\n<think>\n\n</think>",
+        "a  b\t\n\n c",
+        "🤖é\u0301 don't",
+        "<|spare_0|>",
+        "",
+    ):
         ids = tiny_tokenizer.encode(text, parse_special=True)
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == tiny_tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -229,6 +311,17 @@ def test_a_config_of_theirs_gives_our_fields(tmp_path: Path) -> None:
     from model.checkpoint import load_config
 
     their_config("llama", head_dim=8).save_pretrained(tmp_path)
-    expected = HaoAIConfig(vocab_size=53, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, intermediate_size=40,
-                           max_position_embeddings=64, qk_norm=False, tie_word_embeddings=False, initializer_range=0.15)
+    expected = HaoAIConfig(
+        vocab_size=53,
+        n_layer=4,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        head_dim=8,
+        intermediate_size=40,
+        max_position_embeddings=64,
+        qk_norm=False,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+    )
     assert load_config(tmp_path) == expected

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tools.curriculum.arithmetic import held_out_sums
 from tools.curriculum.generate import conversations, pretrain_documents
-from tools.curriculum.probes import Probe, probes, score
+from tools.curriculum.probe_set import Probe, probes, score
 from tools.curriculum.stories import held_out_casts
 
 __all__ = ["Probe", "conversations", "held_out_casts", "held_out_sums", "pretrain_documents", "probes", "score"]

@@ -16,16 +16,20 @@ STORY_ENDINGS = {
 _CJK = re.compile(r"[\u4e00-\u9fff]")
 _LETTER = re.compile(r"[A-Za-z]")
 _GREETING_WORDS = {
-    "en": {"hello": r"\b(hello|hi|hey|nice to meet|good (morning|afternoon|evening))\b", "how": r"\b(fine|well|good|great)\b",
-           "thanks": r"\b(welcome|happy to help|no problem)\b", "bye": r"\b(bye|goodbye|see you|good night|nice day)\b"},
-    "zh": {"hello": r"你好|您好|高兴|早上好|下午好|晚上好", "how": r"很好|不错|挺好", "thanks": r"不客气|不用谢|能帮到你",
+    "en": {"hello": r"\b(hello|hi|hey|nice to meet|good (morning|afternoon|evening))\b",
+           "how": r"\bI('m| am)\b.*\b(fine|well|good|great)\b",
+           "thanks": r"\b(welcome|happy to help|no problem)\b",
+           "bye": r"\b(bye|goodbye|see you|good night|nice day)\b"},
+    "zh": {"hello": r"你好|您好|高兴(见到|认识)|早上好|下午好|晚上好", "how": r"很好|不错|挺好",
+           "thanks": r"不客气|不用谢|能帮到你",
            "bye": r"再见|下次见|明天见|拜拜|晚安"},
 }
 _SELF = r"SmartHaoAI|小好|language model|语言模型"
 _IDENTITY_WORDS = {
     "en": {"who": _SELF, "what": r"model|program", "maker": r"SmartHaoAI", "can": r"answer|sums|stor(y|ies)|talk|help",
            "limits": r"wrong|mistake|do not know", "language": r"Chinese and English|English and Chinese"},
-    "zh": {"who": _SELF, "what": r"模型|程序", "maker": r"SmartHaoAI", "can": r"回答|算|故事|说中文", "limits": r"错|不多|不知道",
+    "zh": {"who": _SELF, "what": r"模型|程序", "maker": r"SmartHaoAI", "can": r"回答|算|故事|说中文",
+           "limits": r"错|不多|不知道",
            "language": r"中文和英文|英文和中文|中文和英语"},
 }
 _OTHER_MODELS = re.compile(r"GPT|OpenAI|Qwen|Claude|Gemini|DeepSeek|Llama|通义|千问|文心|豆包", re.IGNORECASE)
@@ -52,10 +56,15 @@ def has_repeat(text: str, lang: str) -> bool:
     return len(set(runs)) < len(runs)
 
 
+def is_short(text: str, lang: str) -> bool:
+    """True for an answer of a sentence or three, not a story that holds the right word by chance."""
+    return len(text) <= (120 if lang == "en" else 50) and len(sentences(text)) <= 3
+
+
 def check_greeting(text: str, lang: str, kind: str) -> bool:
     """A short reply of the right sort in the right language, not a story."""
-    short = len(text) <= (120 if lang == "en" else 50) and len(sentences(text)) <= 3
-    return short and in_language(text, lang) and bool(re.search(_GREETING_WORDS[lang][kind], text, re.IGNORECASE))
+    wanted = re.search(_GREETING_WORDS[lang][kind], text, re.IGNORECASE)
+    return is_short(text, lang) and in_language(text, lang) and bool(wanted)
 
 
 def check_identity(text: str, lang: str, kind: str) -> bool:

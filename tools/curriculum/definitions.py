@@ -31,7 +31,7 @@ DEFINITIONS = (
     ("rice", "a plant whose white seeds people eat", "米饭", "用米做的白白的食物"),
     ("an egg", "round food that comes from a hen", "鸡蛋", "母鸡下的圆圆的食物"),
     ("milk", "a white drink that comes from cows", "牛奶", "奶牛给我们的白色饮料"),
-    ("tea", "a hot drink that is made with leaves", "茶", "用树叶做的热饮料"),
+    ("tea", "a hot drink that is made with leaves", "茶", "用茶叶做的热饮料"),
     ("a house", "a place where people live", "房子", "人们住的地方"),
     ("a school", "a place where children learn", "学校", "孩子们学习的地方"),
     ("a hospital", "a place where doctors help sick people", "医院", "医生给病人看病的地方"),
@@ -82,8 +82,9 @@ DEFINITIONS = (
 
 QUESTIONS = {
     "en": ("What is {s}?", "Tell me what {s} is.", "Do you know what {s} is?", "Can you tell me what {s} is?",
-           "Please say what {s} is.", "What does the word mean: {s}?"),
-    "zh": ("什么是{s}？", "{s}是什么？", "告诉我什么是{s}。", "你知道{s}是什么吗？", "能告诉我{s}是什么吗？", "请说一说什么是{s}。"),
+           "Please say what {s} is.", "Say in a few words what {s} is."),
+    "zh": ("什么是{s}？", "{s}是什么？", "告诉我什么是{s}。", "你知道{s}是什么吗？", "能告诉我{s}是什么吗？",
+           "请说一说什么是{s}。"),
 }
 STATEMENTS = {
     "en": ("{S} is {a}.", "Do you know what {s} is? It is {a}.", "What is {s}? {S} is {a}."),
@@ -93,13 +94,14 @@ STATEMENTS = {
 # (English, Chinese): single words that the translation requests use.
 WORDS = (
     ("apple", "苹果"), ("water", "水"), ("book", "书"), ("cat", "猫"), ("dog", "狗"), ("bird", "鸟"), ("fish", "鱼"),
-    ("tree", "树"), ("flower", "花"), ("sun", "太阳"), ("moon", "月亮"), ("star", "星星"), ("rain", "雨"), ("snow", "雪"),
-    ("wind", "风"), ("river", "河"), ("mountain", "山"), ("sea", "大海"), ("friend", "朋友"), ("teacher", "老师"),
-    ("school", "学校"), ("house", "房子"), ("door", "门"), ("bed", "床"), ("hand", "手"), ("eye", "眼睛"), ("milk", "牛奶"),
-    ("bread", "面包"), ("egg", "鸡蛋"), ("tea", "茶"), ("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("white", "白色"),
-    ("big", "大"), ("small", "小"), ("good", "好"), ("hot", "热"), ("cold", "冷"), ("happy", "高兴"), ("spring", "春天"),
-    ("summer", "夏天"), ("autumn", "秋天"), ("winter", "冬天"), ("rabbit", "兔子"), ("bear", "熊"), ("car", "汽车"),
-    ("boat", "船"), ("hello", "你好"), ("thank you", "谢谢"), ("goodbye", "再见"), ("good morning", "早上好"),
+    ("tree", "树"), ("flower", "花"), ("sun", "太阳"), ("moon", "月亮"), ("star", "星星"), ("rain", "雨"),
+    ("snow", "雪"), ("wind", "风"), ("river", "河"), ("mountain", "山"), ("sea", "大海"), ("friend", "朋友"),
+    ("teacher", "老师"), ("school", "学校"), ("house", "房子"), ("door", "门"), ("bed", "床"), ("hand", "手"),
+    ("eye", "眼睛"), ("milk", "牛奶"), ("bread", "面包"), ("egg", "鸡蛋"), ("tea", "茶"), ("red", "红色"),
+    ("blue", "蓝色"), ("green", "绿色"), ("white", "白色"), ("big", "大"), ("small", "小"), ("good", "好"),
+    ("hot", "热"), ("cold", "冷"), ("happy", "高兴"), ("spring", "春天"), ("summer", "夏天"), ("autumn", "秋天"),
+    ("winter", "冬天"), ("rabbit", "兔子"), ("bear", "熊"), ("car", "汽车"), ("boat", "船"), ("hello", "你好"),
+    ("thank you", "谢谢"), ("goodbye", "再见"), ("good morning", "早上好"),
 )
 
 

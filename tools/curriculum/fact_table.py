@@ -130,7 +130,7 @@ SEASONS = (
     ("Flowers open", "spring", "开花", "春天"),
     ("It is very hot", "summer", "天气最热", "夏天"),
     ("Leaves turn yellow and fall", "autumn", "树叶变黄落下", "秋天"),
-    ("It is very cold and it snows", "winter", "天气最冷会下雪", "冬天"),
+    ("It is very cold and it snows", "winter", "天气最冷，会下雪", "冬天"),
 )
 
 DAYS = (
@@ -183,7 +183,7 @@ TOOLS = (
     ("tell the time", "a clock", "看时间", "时钟"),
     ("open a lock", "a key", "开锁", "钥匙"),
     ("sweep the floor", "a broom", "扫地", "扫帚"),
-    ("brush our teeth", "a toothbrush", "刷牙", "牙刷"),
+    ("brush teeth", "a toothbrush", "刷牙", "牙刷"),
     ("drink water", "a cup", "喝水", "杯子"),
 )
 
@@ -200,7 +200,7 @@ SCIENCE = (
      "水很冷的时候会变成什么？", "天很冷，水就成了什么？", "水很冷的时候会变成冰。", "冰"),
     ("What does water turn into when it is very hot?", "In great heat, water becomes what?",
      "Very hot water turns into steam.", "steam",
-     "水很热的时候会变成什么？", "把水烧热，水就成了什么？", "水很热的时候会变成水汽。", "水汽"),
+     "水很热的时候会变成什么？", "把水烧热，水就成了什么？", "水很热的时候会变成水蒸气。", "水蒸气"),
     ("What do we breathe?", "What goes in and out of us when we breathe?",
      "We breathe air.", "air",
      "我们呼吸的是什么？", "人一直在呼吸什么东西？", "我们呼吸的是空气。", "空气"),

@@ -18,16 +18,20 @@ PLACE_IDS: tuple[str, ...] = tuple(stories_en.PLACES)
 # plot -> the objects that fit it; a plot without a choice names its own object or none
 PLOT_OBJECTS: dict[str, tuple[str, ...]] = {
     "lost": ("kite", "ball", "hat", "scarf", "drum", "boat", "car", "key", "bell", "book"),
-    "tree": ("kite", "hat", "scarf", "ball"), "rain": ("umbrella",), "dark": ("lamp",), "share": ("cake",), "seed": ("flower",),
-    "broken": ("drum", "boat", "clock", "car", "lamp"), "found": ("key", "bell", "book", "hat", "scarf", "ball", "kite"),
+    "tree": ("kite", "hat", "scarf", "ball"), "rain": ("umbrella",), "dark": ("lamp",), "share": ("cake",),
+    "seed": ("flower",),
+    "broken": ("drum", "boat", "clock", "car", "lamp"), "found": ("key", "bell", "book", "hat", "scarf", "ball",
+                                                                  "kite"),
     "bridge": ("bridge",), "race": (), "learn": (), "sick": ("book", "flower", "hat", "scarf"),
 }
 # the sentence of each plot that may be left out without a gap
-_OPTIONAL = {"lost": 1, "tree": 2, "rain": 3, "dark": 4, "share": 3, "seed": 2, "broken": 2, "found": 3, "bridge": 2, "race": 1,
+_OPTIONAL = {"lost": 1, "tree": 2, "rain": 3, "dark": 4, "share": 3, "seed": 2, "broken": 2, "found": 1, "bridge": 2,
+             "race": 1,
              "learn": 2, "sick": 2}
 THEME_OBJECTS: tuple[str, ...] = tuple(stories_en.OBJECTS)
 _PLOTS_WITH = {obj: tuple(plot for plot, objects in PLOT_OBJECTS.items() if obj in objects and plot != "sick")
                for obj in THEME_OBJECTS}
+_OTHER_CHILD = {"he": "girl", "she": "boy"}
 _REQUEST_WEIGHTS = {"full": 30, "hero": 14, "name": 10, "kind": 14, "place": 8, "object": 14, "any": 10}
 
 
@@ -49,9 +53,8 @@ def is_held_out(lang: str, hero: str, kind: str, place: str) -> bool:
 
 def casts(lang: str) -> list[Cast]:
     """Every combination of name, kind and place: a boy has a boy's name, a girl a girl's, an animal any."""
-    other = {"he": "girl", "she": "boy"}
     return [Cast(lang, hero, gender, kind, place) for gender, names in TEXTS[lang].NAMES.items() for hero in names
-            for kind in KIND_IDS if kind != other[gender] for place in PLACE_IDS]
+            for kind in KIND_IDS if kind != _OTHER_CHILD[gender] for place in PLACE_IDS]
 
 
 def names(lang: str) -> tuple[str, ...]:
@@ -59,7 +62,8 @@ def names(lang: str) -> tuple[str, ...]:
     return TEXTS[lang].NAMES["he"] + TEXTS[lang].NAMES["she"]
 
 
-_TAUGHT = {lang: [cast for cast in casts(lang) if not is_held_out(lang, cast.hero, cast.kind, cast.place)] for lang in TEXTS}
+_TAUGHT = {lang: [cast for cast in casts(lang) if not is_held_out(lang, cast.hero, cast.kind,
+                                                                  cast.place)] for lang in TEXTS}
 
 
 def _person_slots(cast: Cast) -> dict[str, str]:
@@ -92,7 +96,7 @@ def tell(cast: Cast, rng: random.Random, obj: str | None = None) -> str:
     slots.update(_object_slots(lang, obj, rng.choice(text.COLORS)))
     friend_gender = rng.choice(("he", "she"))
     slots["friend"] = rng.choice([name for name in text.NAMES[friend_gender] if name != cast.hero])
-    friend_kind = rng.choice([kind for kind in KIND_IDS if kind not in (cast.kind, {"he": "girl", "she": "boy"}[friend_gender])])
+    friend_kind = rng.choice([kind for kind in KIND_IDS if kind not in (cast.kind, _OTHER_CHILD[friend_gender])])
     slots["fkind"] = text.KINDS[friend_kind]
     if lang == "zh":
         slots["a_fkind"] = f"一{text.COUNTERS.get(friend_kind, '只')}{slots['fkind']}"

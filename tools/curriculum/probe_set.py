@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from tools.curriculum import arithmetic, checks, dialogue, facts, stories
 
@@ -17,8 +18,10 @@ LANGUAGES = ("en", "zh")
 
 # Words below are reserved for the probes: nothing in this file may be used by the generators.
 GREETING_ENDS = {
-    "en": {"hello": (" to you, little model!", ", my small friend!", ", dear helper!", " from me!", " once more!", ", I am here!"),
-           "thanks": (" for your help!", ", my small friend!", ", dear helper!", " for everything!", ", that was good!"),
+    "en": {"hello": (" to you, little model!", ", my small friend!", ", dear helper!", " from me!", " once more!",
+                     ", I am here!"),
+           "thanks": (" for your help!", ", my small friend!", ", dear helper!", " for everything!",
+                      ", that was good!"),
            "bye": (", my small friend!", ", dear helper!", ", it was fun!")},
     "zh": {"hello": ("，小模型！", "，我的小朋友！", "，小帮手！", "，我来了！", "，又见面了！", "，在吗？"),
            "thanks": ("你的帮助！", "，我的小朋友！", "，小帮手！", "，帮了大忙！", "，讲得真好！"),
@@ -27,8 +30,10 @@ GREETING_ENDS = {
 HOW_STARTS = {"en": ("My friend! ", "Dear helper! ", "Here I am. "), "zh": ("我的小朋友，", "小帮手，", "我来了。")}
 IDENTITY = {
     "en": {
-        "who": ("What name do people use for you?", "Say your name, please.", "Could you say who you are?", "I forgot your name. What is it?"),
-        "what": ("Are you alive, or are you a program?", "Is a person writing these words?", "What kind of thing are you?"),
+        "who": ("What name do people use for you?", "Say your name, please.", "Could you say who you are?",
+                "I forgot your name. What is it?"),
+        "what": ("Are you alive, or are you a program?", "Is a person writing these words?",
+                 "What kind of thing are you?"),
         "maker": ("Which people made you?", "Who was it that made you?", "Who taught you to talk?"),
         "can": ("Which things can you do for me?", "What are you able to do?"),
         "limits": ("Could you tell me something wrong?", "Is everything you say true?"),
@@ -43,7 +48,8 @@ IDENTITY = {
         "language": ("你会不会两种语言？", "我们可以用哪几种语言说话？"),
     },
 }
-STARTS = {"en": ("By the way: ", "Before we begin: ", "One thing I wonder: "), "zh": ("顺便问一下，", "先问个小问题：", "我有点好奇，")}
+STARTS = {"en": ("By the way: ", "Before we begin: ", "One thing I wonder: "),
+          "zh": ("顺便问一下，", "先问个小问题：", "我有点好奇，")}
 
 _SHARES = {arithmetic.ADD: 0.40, arithmetic.SUBTRACT: 0.32, arithmetic.MULTIPLY: 0.16, arithmetic.COMPARE: 0.12}
 
@@ -78,19 +84,24 @@ def _greetings(lang: str, rng: random.Random) -> list[Probe]:
         if kind == "how":
             texts = [start + prompt for start in HOW_STARTS[lang] for prompt in prompts]
         else:
-            plain = [prompt for prompt in prompts if prompt not in ("I have to go now", "Many thanks", "我要走了", "太谢谢你了")]
+            plain = [prompt for prompt in prompts if prompt not in ("I have to go now", "Many thanks", "我要走了",
+                                                                    "太谢谢你了")]
             texts = [prompt + end for end in GREETING_ENDS[lang][kind] for prompt in plain]
-        found += [_probe("greeting", lang, text, lambda answer, kind=kind: checks.check_greeting(answer, lang, kind), kind)
+        found += [_probe("greeting", lang, text, partial(checks.check_greeting, lang=lang, kind=kind), kind)
                   for text in texts]
     rng.shuffle(found)
     return found
 
 
 def _identities(lang: str, rng: random.Random) -> list[Probe]:
-    found = [_probe("identity", lang, start + question, lambda answer, kind=kind: checks.check_identity(answer, lang, kind), kind)
+    found = [_probe("identity", lang, start + question, partial(checks.check_identity, lang=lang, kind=kind), kind)
              for kind, questions in IDENTITY[lang].items() for question in questions for start in ("", *STARTS[lang])]
     rng.shuffle(found)
     return found
+
+
+def _check_fact(text: str, fact: facts.Fact, lang: str) -> bool:
+    return checks.is_short(text, lang) and checks.in_language(text, lang) and facts.is_correct(fact, lang, text)
 
 
 def _facts(lang: str, rng: random.Random) -> list[Probe]:
@@ -102,9 +113,7 @@ def _facts(lang: str, rng: random.Random) -> list[Probe]:
             questions = facts.reserved_questions(fact, lang)
             start = "" if (i + turn) % 2 else rng.choice(STARTS[lang])
             text = start + questions[turn % len(questions)]
-            rounds.append(_probe(
-                "fact", lang, text,
-                lambda answer, fact=fact: checks.in_language(answer, lang) and facts.is_correct(fact, lang, answer), fact.category))
+            rounds.append(_probe("fact", lang, text, partial(_check_fact, fact=fact, lang=lang), fact.category))
     return rounds
 
 
@@ -125,7 +134,7 @@ def _sums(lang: str, rng: random.Random, count: int) -> list[Probe]:
             want = rng.choice(("big", "small"))
             result = arithmetic.result(operation, a, b, want)
             found.append(_probe("sum", lang, arithmetic.fill(wordings[side][i], a, b, lang, want),
-                                lambda answer, result=result: checks.check_sum(answer, result), operation))
+                                partial(checks.check_sum, result=result), operation))
     rng.shuffle(found)
     return found
 
@@ -134,8 +143,9 @@ def _stories(lang: str, rng: random.Random) -> list[Probe]:
     casts = stories.held_out_casts(lang)
     rng.shuffle(casts)
     text = stories.TEXTS[lang]
-    return [_probe("story", lang, stories.fill_request(rng.choice(text.RESERVED if i % 2 else text.REQUESTS["full"]), cast),
-                   lambda answer, cast=cast: checks.check_story(answer, cast), cast.kind) for i, cast in enumerate(casts)]
+    return [_probe("story", lang, stories.fill_request(rng.choice(text.RESERVED if i % 2 else text.REQUESTS["full"]),
+                                                       cast),
+                   partial(checks.check_story, cast=cast), cast.kind) for i, cast in enumerate(casts)]
 
 
 def probes(seed: int = 0, per_kind: int = 50) -> list[Probe]:
@@ -152,10 +162,11 @@ def probes(seed: int = 0, per_kind: int = 50) -> list[Probe]:
             if kind == "sum":
                 pool = _sums(lang, rng, per_kind)
             else:
-                pool = {"greeting": _greetings, "identity": _identities, "fact": _facts, "story": _stories}[kind](lang, rng)
+                pool = {"greeting": _greetings, "identity": _identities, "fact": _facts,
+                        "story": _stories}[kind](lang, rng)
             unique = list({probe.prompt: probe for probe in pool}.values())
             if len(unique) < per_kind:
-                raise ValueError(f"per_kind is {per_kind}, but there are {len(unique)} {kind} prompts in {lang}; ask for fewer")
+                raise ValueError(f"per_kind is {per_kind}, but {lang} has {len(unique)} {kind} prompts; ask for fewer")
             found += unique[:per_kind]
     return found
 
@@ -173,13 +184,15 @@ def wilson(passed: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 def _cell(results: list[bool]) -> dict[str, float]:
     low, high = wilson(sum(results), len(results))
-    return {"passed": sum(results), "total": len(results), "rate": sum(results) / len(results), "low": low, "high": high}
+    return {"passed": sum(results), "total": len(results), "rate": sum(results) / len(results), "low": low,
+            "high": high}
 
 
 def score(answers: Iterable[tuple[Probe, str] | tuple[Probe, str, str]]) -> dict:
     """Pass rates of (probe, answer) or (probe, answer, reasoning).
 
-    Returns {"overall": cell, "kinds": {kind: cell}, "langs": {lang: cell}, "cells": {"kind/lang": cell}} where a cell is
+    Returns {"overall": cell, "kinds": {kind: cell}, "langs": {lang: cell},
+             "cells": {"kind/lang": cell}} where a cell is
     {"passed", "total", "rate", "low", "high"} with the Wilson 95% interval. Raises ValueError if there are no answers.
     """
     results = [(probe, probe.check(*texts)) for probe, *texts in answers]
