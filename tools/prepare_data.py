@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ HELD_OUT_BYTES = 150_000  # of each language
 MIN_LETTERS, MAX_CHARACTERS = 10, 40_000
 PARALLEL_DOWNLOADS = 4
 SAMPLE_ROWS = 300
+
+
+UNREADABLE = (FetchError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, sqlite3.Error, yaml.YAMLError, ValueError, KeyError)
 
 
 class SourcesUnavailable(OSError):
@@ -72,7 +75,7 @@ class Manifest:
 
     def same_request(self, other: Manifest) -> bool:
         """Whether both ask for the same data."""
-        return [*asdict(self).values()][:6] == [*asdict(other).values()][:6]
+        return replace(self, files=(), skipped={}) == replace(other, files=(), skipped={})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n"
@@ -113,15 +116,16 @@ def prepare(recipe: str, out: str | Path, seed: int = 0, log: Callable[[str], ob
     sources = [source for source in SOURCES if recipe in source.text_mb]
     archives, failures = _fetch_all(sources, progress)
     taken, skipped = _read_all(sources, recipe, seed, archives, failures, progress)
+    if sources and len(taken) * 2 <= len(sources):
+        reasons = list(dict.fromkeys([*failures.values(), *skipped.values()]))
+        raise SourcesUnavailable(f"recipe {recipe}: {len(skipped)} of {len(sources)} sources could not be had ({', '.join(skipped)}). "
+                                 f"Reasons: {'; '.join(reasons[:4])}{' ...' if len(reasons) > 4 else ''}")
     for name, reason in skipped.items():
         log(f"warning: source {name} is left out: {reason}")
-    if sources and len(taken) * 2 <= len(sources):
-        raise SourcesUnavailable(f"recipe {recipe}: {len(skipped)} of {len(sources)} sources could not be had: "
-                                 + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
     with atomic_directory(out) as folder:
         files, table = _write_all(folder, wanted, taken, seed)
         (folder / "SOURCES.md").write_text(_sources_page(recipe, table, skipped, archives), encoding="utf-8", newline="\n")
-        manifest = Manifest(*[*asdict(wanted).values()][:6], files=tuple(files), skipped=skipped)
+        manifest = replace(wanted, files=tuple(files), skipped=skipped)
         (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8", newline="\n")
     _report(log, out, manifest, table)
     return manifest
@@ -137,8 +141,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _intact(folder: Path, manifest: Manifest) -> bool:
-    paths = [(folder / file.path, file) for file in manifest.files]
-    return bool(paths) and all(path.is_file() and path.stat().st_size == file.bytes and sha256_of(path) == file.sha256 for path, file in paths)
+    return bool(manifest.files) and all((folder / file.path).is_file() and sha256_of(folder / file.path) == file.sha256
+                                        for file in manifest.files)
 
 
 def _catalogue_digest(recipe: str) -> str:
@@ -156,7 +160,8 @@ def _fetch_all(sources: Sequence[Source], progress: bool) -> tuple[dict[str, Pat
     if not names:
         return archives, failures
     total = sum(PACKAGES[name].megabytes for name in names)
-    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool, tqdm(total=round(total, 1), unit="MB", desc="fetching", disable=not progress) as bar:
+    shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} MB [{elapsed}]"
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool, tqdm(total=total, desc="fetching", bar_format=shape, disable=not progress) as bar:
         waiting = {pool.submit(fetch, PACKAGES[name]): name for name in names}
         for done in as_completed(waiting):
             name = waiting[done]
@@ -181,13 +186,13 @@ def _read_all(sources: Sequence[Source], recipe: str, seed: int, archives: dict[
     seen: set[bytes] = set()
     reserved = _probe_questions() if archives else set()
     for source in tqdm(sources, desc="reading", unit="source", disable=not progress or not archives):
-        missing = [failures[name] for name in source.packages if name not in archives]
+        missing = dict.fromkeys(failures[name] for name in source.packages if name not in archives)
         if missing:
             skipped[source.name] = "; ".join(missing)
             continue
         try:
             units = list(source.read({name: archives[name] for name in source.packages}))
-        except (FetchError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, sqlite3.Error, ValueError, KeyError, yaml.YAMLError) as error:
+        except UNREADABLE as error:
             skipped[source.name] = f"cannot be read: {type(error).__name__}: {error}"
             continue
         taken.append(_select(source, units, recipe, seed, seen, reserved))
@@ -202,8 +207,9 @@ def _select(source: Source, units: list[Unit], recipe: str, seed: int, seen: set
     room = source.text_mb[recipe] * 1e6
     for _, _, index in keyed:
         unit = units[index]
+        rows = tuple(turns for turns in unit.rows if fingerprint(turns[0]["content"]) not in reserved)
         if not unit.text:
-            result.texts.append(unit)
+            result.texts.append(replace(unit, rows=rows))
             continue
         mark = fingerprint(unit.text)
         if mark in seen or letters(unit.text) < MIN_LETTERS or len(unit.text) > MAX_CHARACTERS or (
@@ -215,8 +221,7 @@ def _select(source: Source, units: list[Unit], recipe: str, seed: int, seen: set
             continue
         room -= size
         seen.add(mark)
-        rows = tuple(turns for turns in unit.rows if fingerprint(turns[0]["content"]) not in reserved)
-        result.texts.append(Unit(unit.text, unit.lang, rows, unit.priority))
+        result.texts.append(replace(unit, rows=rows))
     return result
 
 
@@ -242,15 +247,17 @@ def _held_out(units: Iterable[Unit], seed: int) -> set[str]:
     return chosen
 
 
-def _write_all(folder: Path, wanted: Manifest, taken: list[_Taken], seed: int) -> tuple[list[FileEntry], list[tuple[_Taken, int, int, int]]]:
-    """All data files; the table has (source, documents, chat rows, bytes of text) as written."""
+Table = list[tuple[_Taken, int, int, int]]  # source, documents, chat rows, bytes of text, as written
+
+
+def _write_all(folder: Path, wanted: Manifest, taken: list[_Taken], seed: int) -> tuple[list[FileEntry], Table]:
     from tools.curriculum import conversations, pretrain_documents
 
     generated = [Unit(row["text"], row["lang"]) for row in pretrain_documents(seed, wanted.curriculum_documents)]
     real = [unit for one in taken for unit in one.texts]
     held = _held_out(real or generated, seed)
     files: list[FileEntry] = []
-    table: list[tuple[_Taken, int, int, int]] = []
+    table: Table = []
     valid: dict[str, list[str]] = {"zh": [], "en": []}
     for one in taken:
         kept = [unit for unit in one.texts if unit.text not in held]
@@ -289,12 +296,12 @@ def _write_rows(folder: Path, name: str, rows: Iterable[dict[str, Any]]) -> File
     return FileEntry(name, count, size, digest.hexdigest())
 
 
-def _sources_page(recipe: str, table: list[tuple[_Taken, int, int, int]], skipped: dict[str, str], archives: dict[str, Path]) -> str:
+def _sources_page(recipe: str, table: Table, skipped: dict[str, str], archives: dict[str, Path]) -> str:
     lines = [f"# Sources of the recipe `{recipe}`", "",
-             "The texts keep the licences of their packages; check them before you pass on the texts or a model trained on them. The rows in",
-             "`curriculum.jsonl` are generated by SmartHaoAI's own program and come under its licence.", ""]
+             "The texts keep the licences of their packages; check them before you pass on the texts or a model trained on them.",
+             "The rows in `curriculum.jsonl` are generated by SmartHaoAI's own program and come under its licence.", ""]
     if table:
-        lines += ["| file | package | licence | taken | documents | chat rows | MB | unusable or repeated |", "|---|---|---|---|---|---|---|---|"]
+        lines += ["| file | package | licence | taken | documents | chat rows | MB | unusable or repeated |", "|---" * 8 + "|"]
         for one, documents, rows, size in table:
             packages = ", ".join(PACKAGES[name].label for name in one.source.packages)
             lines.append(f"| {one.source.name} | {packages} | {one.source.licence} | {one.source.taken} | {documents} | {rows} "
@@ -306,7 +313,7 @@ def _sources_page(recipe: str, table: list[tuple[_Taken, int, int, int]], skippe
     return "\n".join(lines) + "\n"
 
 
-def _report(log: Callable[[str], object], out: Path, manifest: Manifest, table: list[tuple[_Taken, int, int, int]]) -> None:
+def _report(log: Callable[[str], object], out: Path, manifest: Manifest, table: Table) -> None:
     for one, documents, rows, size in table:
         log(f"  {one.source.name:<14} {documents:>7,} documents {rows:>6,} chat rows {size / 1e6:>6.2f} MB  {one.source.licence}")
     for entry in manifest.files:
@@ -345,10 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, default="quick", help="how much to assemble (default: quick)")
     parser.add_argument("--out", type=Path, help="output folder (default: training_data/recipes/RECIPE)")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the selection, the held-out documents and the generated rows (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="fixes selection, held-out documents and generated rows (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="build again although the output is up to date")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--write-samples", action="store_true", help="only rewrite training_data/pretrain and training_data/sft sample_data.jsonl")
+    parser.add_argument("--write-samples", action="store_true", help="only rewrite sample_data.jsonl in training_data/pretrain and sft")
     options = parser.parse_args(arguments)
     if options.write_samples:
         for path in write_samples():

@@ -135,9 +135,9 @@ def run_lm_stage(settings: StageConfig, kind: str, spec: Any, sample: Sampler, l
         log("  time       " + _estimate(settings, config, source))
         return 0
     model = make_model(settings, config)
+    evaluate = _evaluation(settings, store, tokenizer, kind, log)
     clear_out_dir(settings)
-    result = fit(settings, model, source, lm_loss, _evaluation(settings, store, tokenizer, kind, log), tokenizer=tokenizer,
-                 sample=lambda m: sample(m, tokenizer), log=log)
+    result = fit(settings, model, source, lm_loss, evaluate, tokenizer=tokenizer, sample=lambda m: sample(m, tokenizer), log=log)
     if result.interrupted:
         log(f"stopped at step {result.step} of {result.total_steps}; go on with --resume")
         return INTERRUPTED

@@ -21,6 +21,7 @@ from train.data import Batch, Row, collate, make_source
 from train.loop import FitResult, fit
 from train.losses import Term, lm_loss
 from train.metrics import read_jsonl
+from train.runtime import StopRequest
 from train.store import TokenStore, open_store
 
 KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "real_token_share", "val_loss", "val_bpb", "peak_memory_mb"}
@@ -92,6 +93,18 @@ def test_overfitting_one_document(run: Fit, stores: dict[str, TokenStore], tmp_p
         assert result.last["loss"] < 0.1, optimizer
 
 
+def stopping(requests: list[StopRequest], at: int) -> Any:
+    """lm_loss that asks the newest run to stop at this call."""
+    calls = []
+
+    def loss(model: SmartHaoAI, batch: Batch) -> list[Term]:
+        calls.append(1)
+        requests[-1].requested |= len(calls) == at
+        return lm_loss(model, batch)
+
+    return loss
+
+
 @pytest.mark.parametrize(("kind", "optimizer", "stops"), [
     ("pretrain", "adamw", [4]), ("pretrain", "muon", [1, 5]), ("sft", "adamw", [2, 7]), ("sft", "muon", [5])])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, optimizer: str,
@@ -102,25 +115,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run: Fit, tmp_path: 
                                "evaluate": lambda model: {"val_loss": float(next(model.parameters()).sum()), "val_bpb": 1.0}}
     straight, result = run("straight", kind, **options)
     original = loop.StopRequest.installed
-    for number, stop_at in enumerate(stops):
-        seen = []
+    requests: list[StopRequest] = []
 
-        def counting(model: SmartHaoAI, batch: Batch, seen: list[int] = seen, after: int = stop_at, before: int = ([0] + stops)[number]) -> list[Term]:
-            seen.append(1)
-            if len(seen) == 2 * (after - before):
-                request[0].requested = True
-            return lm_loss(model, batch)
+    def installed(self: StopRequest) -> Any:
+        requests.append(self)
+        return original(self)
 
-        request: list[Any] = []
-
-        def installed(self: Any, request: list[Any] = request) -> Any:
-            request.append(self)
-            return original(self)
-
-        monkeypatch.setattr(loop.StopRequest, "installed", installed)
-        _, stopped = run("parts", kind, resume=number > 0, loss=counting, **options)
+    monkeypatch.setattr(loop.StopRequest, "installed", installed)
+    for before, stop_at in zip([0, *stops], stops, strict=False):
+        _, stopped = run("parts", kind, resume=before > 0, loss=stopping(requests, 2 * (stop_at - before)), **options)
         assert stopped.interrupted and stopped.step == stop_at
-        monkeypatch.setattr(loop.StopRequest, "installed", original)
     resumed, again = run("parts", kind, resume=True, **options)
     assert not again.interrupted and (again.step, again.tokens) == (result.step, result.tokens)
     assert largest_difference(straight, resumed) == 0.0

@@ -93,7 +93,8 @@ def test_a_filled_out_dir_is_refused_replaced_or_continued(command: Command, pre
     assert command("sft", *words, "--resume")[0] == 0, "--resume with no checkpoint starts fresh"
     old = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     one_error(command("sft", *words), 2, "out_dir=run", "--resume", "--overwrite")
-    for bad in (["data.sft_file=nowhere.jsonl"], ["model.n_layer=7"], ["--dry-run"], ["data.max_length=999"], ["train.device=nonsense"]):
+    for bad in (["data.sft_file=nowhere.jsonl"], ["model.n_layer=7"], ["--dry-run"], ["data.max_length=999"], ["train.device=nonsense"],
+                ["data.val_file=nowhere.jsonl"]):
         command("sft", *words, "--overwrite", *bad)
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == old, bad
     assert command("sft", *words, "--overwrite", "train.max_steps=1")[0] == 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from training_helpers import write_store
 
 from model import HaoAIConfig, SmartHaoAI
-from train.data import IGNORE, Batch, PackedConversations, PackedText, evaluation_batches
+from train.data import IGNORE, Batch, PackedConversations, PackedText, evaluation_batches, fit_rows
 from train.losses import lm_loss
 from train.store import TokenStore
 
@@ -171,6 +171,17 @@ def test_conversations_are_whole_once_per_epoch_and_rows_are_full(tmp_path: Path
         seen.update(ids_of(batch))
     assert seen == Counter({i + 1: n for i, n in enumerate(lengths)})
     assert real / positions >= 0.98
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 20), max_size=60), group=st.integers(1, 5), seed=st.integers(0, 3))
+def test_fitting_loses_nothing(sizes: list[int], group: int, seed: int) -> None:
+    """Guards the row fitting: every piece in exactly one row, no row too long, the same rows for the same seed."""
+    pieces = [(i, 5, 5 + size) for i, size in enumerate(sizes)]
+    rows, again = (fit_rows(list(pieces), 20, group, np.random.default_rng(seed)) for _ in range(2))
+    assert sorted(p for row in rows for p in row) == pieces and rows == again
+    assert all(0 < sum(stop - start for _, start, stop in row) <= 20 for row in rows)
+    assert len(rows) <= max(1, 2 * sum(sizes) // 20 + 1)
 
 
 def test_rows_do_not_depend_on_the_micro_batch(chat_store: TokenStore) -> None:

