@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from train.train_tokenizer import train_tokenizer
 
 PRETRAIN_SHARE, SFT_SHARE = 0.52, 0.30  # of the minutes; the rest is data, tokenizer and evaluation
 VALIDATION_KB = 100
+REAL_WEIGHT = 0.5  # passes over the real texts per pass over the generated ones
 SAMPLE_QUESTIONS = ("你好！", "你叫什么名字？", "天空是什么颜色？", "12 + 7 = ?", "给我讲一个小兔子的故事。",
                     "Hello!", "Who are you?", "What does a cow eat?", "How much is 25 + 13?", "Tell me a story about a little cat.")
 
@@ -58,6 +60,7 @@ class Shape:
     batch_size: int = 16
 
 
+RECORD_FILE = "smart.json"
 LADDER = (
     Shape(4, {"preset": "nano", "n_layer": 4}, 4096),
     Shape(60, {"preset": "nano"}, 6144),
@@ -81,9 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     print_plan(args, shape, precision, rate, device)
 
     data = prepare_corpus(args)
-    for stage in stages.values():
-        stage.data.pretrain_file = [str(data / "pretrain")]
-        stage.data.sft_file = [str(data / "sft")]
+    set_sources(stages, data)
     print("\n[1/4] tokenizer")
     train_tokenizer(stages["tokenizer"])  # type: ignore[arg-type]
     for number, (name, run) in enumerate((("pretrain", pretrain), ("sft", sft)), start=2):
@@ -167,7 +168,7 @@ def print_plan(args: argparse.Namespace, shape: Shape, precision: Precision, rat
 def _stages(args: argparse.Namespace, shape: Shape, out: Path, device: str, precision: str) -> dict[str, StageConfig]:
     """The settings of the three stages. They depend on the arguments alone, so that a second run finds them unchanged."""
     tokenizer = TokenizerConfig(vocab_size=shape.vocab_size, sample_mb=16)
-    data = {"max_length": shape.max_length, "store_dir": str(out / "token_store")}
+    data: dict[str, Any] = {"max_length": shape.max_length, "store_dir": str(out / "token_store")}
     common: dict[str, Any] = {"batch_size": shape.batch_size, "optimizer": "muon", "min_lr_ratio": 0.03, "device": device,
                               "precision": precision, "threads": args.threads, "seed": args.seed}
     return {
@@ -184,40 +185,50 @@ def _stages(args: argparse.Namespace, shape: Shape, out: Path, device: str, prec
 
 def _check_earlier_run(out: Path, args: argparse.Namespace) -> None:
     """Results of other settings are not mixed with this run. Raises UsageError; with --overwrite they are removed."""
-    record = out / "smart.json"
+    record = out / RECORD_FILE
     wanted = {"recipe": args.recipe, "minutes": args.minutes, "seed": args.seed}
-    if record.is_file():
-        found = json.loads(record.read_text(encoding="utf-8"))
-        if found != wanted:
-            if not args.overwrite:
-                raise UsageError(f"{out} holds a run with {found}, not {wanted}: name another folder with --out, or replace it with --overwrite")
-            _remove_stages(out)
-    elif any((out / name).exists() for name in ("pretrain", "sft")):
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    trained = any((out / name).exists() for name in ("pretrain", "sft"))
+    if trained and {name: found.get(name) for name in wanted} != wanted:
         if not args.overwrite:
-            raise UsageError(f"{out} holds stages that were trained one by one: name another folder with --out, or replace them with --overwrite")
-        _remove_stages(out)
-    atomic_write_text(record, json.dumps(wanted) + "\n")
-
-
-def _remove_stages(out: Path) -> None:
-    import shutil
-
-    for name in ("pretrain", "sft"):
-        shutil.rmtree(out / name, ignore_errors=True)
+            before = ", ".join(f"{name} {value}" for name, value in found.items()) or "stages that were trained one by one"
+            raise UsageError(f"{out} already holds {before}: name another folder with --out, or replace it with --overwrite")
+        for name in ("pretrain", "sft"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        found = {}
+    atomic_write_text(record, json.dumps({**wanted, **{k: v for k, v in found.items() if k == "corpus"}}) + "\n")
 
 
 def prepare_corpus(args: argparse.Namespace) -> Path:
     """The folder of the recipe's data; the generated sample stands in, and is named, when the real corpora cannot be had."""
     folder = Path("training_data/recipes")
-    print(f"\n[0/4] data: recipe {args.recipe}")
+    record = Path(args.out) / RECORD_FILE
+    found = json.loads(record.read_text(encoding="utf-8"))
+    recipe = found.get("corpus", args.recipe)  # a run that began with the sample goes on with it
+    print(f"\n[0/4] data: recipe {recipe}")
     try:
-        prepare(args.recipe, folder / args.recipe, seed=args.seed)
-        return folder / args.recipe
+        prepare(recipe, folder / recipe, seed=args.seed)
+        return folder / recipe
     except SourcesUnavailable as error:
-        print(f"the real corpora cannot be had ({error});\nusing the generated sample instead: it is smaller in scope, and no real text is learned",
-              file=sys.stderr)
+        print(f"the real corpora cannot be had: {error}\nusing the generated sample instead; no real text will be learned", file=sys.stderr)
     prepare("sample", folder / "sample", seed=args.seed)
+    atomic_write_text(record, json.dumps({**found, "corpus": "sample"}) + "\n")
     return folder / "sample"
+
+
+def set_sources(stages: dict[str, StageConfig], data: Path) -> None:
+    """Which files each stage reads, and how often.
+
+    The tokenizer learns from real text where there is any: the generated rows repeat themselves so much that whole phrases would
+    become tokens, and a name would be another token in every phrase, which makes copying it hard.
+    """
+    pretrain_real, sft_real = (
+        [str(f) for f in sorted((data / kind).glob("*.jsonl")) if f.stem != "curriculum"] for kind in ("pretrain", "sft"))
+    curriculum = {kind: str(data / kind / "curriculum.jsonl") for kind in ("pretrain", "sft")}
+    for stage in stages.values():
+        stage.data.pretrain_file = [{"path": f, "weight": REAL_WEIGHT} for f in pretrain_real] + [curriculum["pretrain"]]
+        stage.data.sft_file = [{"path": f, "weight": REAL_WEIGHT} for f in sft_real] + [curriculum["sft"]]
+    stages["tokenizer"].data.pretrain_file = pretrain_real or curriculum["pretrain"]
 
 
 def run_stage(settings: StageConfig, run: Any) -> int:
@@ -240,14 +251,16 @@ def evaluate(out: Path, data: Path, args: argparse.Namespace) -> str:
     for stage in ("pretrain", "sft"):
         model, tokenizer = load(str(out / stage), args.device)
         for file in sorted((data / "valid").glob("*.jsonl")):
-            result = file_bits_per_byte(model, tokenizer, file, context=256, limit_bytes=VALIDATION_KB * 1000)
-            rows.append((stage, file.stem, result.bpb))
+            measured = file_bits_per_byte(model, tokenizer, file, context=256, limit_bytes=VALIDATION_KB * 1000)
+            rows.append((stage, file.stem, measured.bpb))
     answers = answer_probes(model, tokenizer, args.per_kind)
     result = score(answers)
+    overall = result["overall"]
     lines = ["held-out text, bits per byte"]
-    lines += [f"  {name:<16}" + "  ".join(f"{stage} {bpb:.3f}" for stage, n, bpb in rows if n == name) for name in dict.fromkeys(r[1] for r in rows)]
-    lines += ["", probe_table(result), "", f"all in all  {result['overall']['passed']} of {result['overall']['total']} held-out prompts passed",
-              "", *_honest_words(result), "", "sample answers"]
+    for name in dict.fromkeys(file for _, file, _ in rows):
+        lines.append(f"  {name:<16}" + "  ".join(f"{stage} {bpb:.3f}" for stage, file, bpb in rows if file == name))
+    lines += ["", probe_table(result), "", f"all in all  {overall['passed']} of {overall['total']} held-out prompts passed", "",
+              *_honest_words(result), "", "sample answers"]
     lines += [f"  > {question}\n    {answer}" for question, answer in sample_answers(out / "sft", args)]
     text = "\n".join(lines)
     atomic_write_text(out / "report.md", f"# train_smart: {args.recipe}, {args.minutes:g} minutes\n\n```text\n{text}\n```\n")

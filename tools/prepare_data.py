@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model.files import atomic_directory, atomic_write_text
 from tools.sources import PACKAGES, SOURCES, FetchError, Source, Unit, fetch
-from tools.sources.fetch import sha256_of
+from tools.sources.packages import sha256_of
 from tools.sources.text import TRADITIONAL, Turns, draw, fingerprint, letters
 
 VERSION = 1  # raise it when the same packages give other rows

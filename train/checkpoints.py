@@ -84,7 +84,7 @@ def _optimizer_state(model: SmartHaoAI, optimizers: list[torch.optim.Optimizer])
     """Tensors by "<optimiser>/<parameter>/<entry>", and plain values by "<optimiser>/<parameter>/"."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for number, optimizer in enumerate(optimizers):
         for parameter, state in optimizer.state.items():
             prefix = f"{number}/{names[parameter]}/"

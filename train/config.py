@@ -393,7 +393,8 @@ def help_text(kind: type) -> str:
 
 
 def _describe(settings: Any, prefix: str, lines: list[str]) -> None:
-    notes = _field_notes(type(settings))
+    kind: type = type(settings)
+    notes = _field_notes(kind)
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
         if dataclasses.is_dataclass(value):

@@ -7,7 +7,7 @@ update is scaled to the size of AdamW's (Liu et al., 2025).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -81,13 +81,13 @@ def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, devic
     return optimizers
 
 
-def _muon_groups(model: torch.nn.Module, matrices: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _muon_groups(model: torch.nn.Module, matrices: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     by_split: dict[tuple[int, ...], list[Tensor]] = {}
     for name, parameter in matrices.items():
         split: tuple[int, ...] = ()
         if "qkv_proj" in name:
-            attention = model.get_submodule(name.split(".qkv_proj")[0])
-            kv_rows = attention.n_kv_head * attention.head_dim  # type: ignore[operator]
+            attention: Any = model.get_submodule(name.split(".qkv_proj")[0])
+            kv_rows = attention.n_kv_head * attention.head_dim
             split = (parameter.shape[0] - 2 * kv_rows, kv_rows, kv_rows)
         elif "gate_up_proj" in name:
             split = (parameter.shape[0] // 2,) * 2

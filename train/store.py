@@ -140,7 +140,8 @@ def _build(folder: Path, files: list[DataFile], tokenizer: BPETokenizer, kind: s
         bad.report(log)
         bad.raise_if_strict(strict)
         if counts["val"][0] and not counts["train"][0]:
-            raise ValueError(f"all {counts['val'][0]} documents are held out by data.val_share={share:g}; set data.val_share=0, or add data")
+            raise ValueError(f"all {counts['val'][0]} documents are held out by data.val_share={share:g}; "
+                             f"set data.val_share=0, or add data")
         if counts["train"][0] == 0:
             names = ", ".join(str(f.path) for f in files[:3])
             wanted = "text" if kind == "pretrain" else "conversation"
@@ -193,7 +194,7 @@ def _encode_texts(texts: list[str], tokenizer: BPETokenizer, share: float) -> li
 
 
 def _encode_conversations(conversations: list[Conversation], tokenizer: BPETokenizer, share: float) -> list[tuple[bool, Encoded]]:
-    rows = []
+    rows: list[tuple[bool, Encoded]] = []
     for conversation in conversations:
         key = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, sort_keys=True).encode("utf-8")
         is_val = held_out(key, share)

@@ -48,9 +48,15 @@ def by_hand(folder: Path, documents: list[str]) -> float:
 
 def test_bpb_as_a_program(checkpoint: Path, texts: Path) -> None:
     """Guards the interface that scripts rely on: one JSON object on standard output, with these keys and the right figures."""
-    done = subprocess.run([sys.executable, "-m", "tools.evaluate", "bpb", "--model", str(checkpoint), "--data", str(texts), "--json"], cwd=ROOT,
-                          capture_output=True, encoding="utf-8", timeout=120, check=False,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.evaluate", "bpb", "--model", str(checkpoint), "--data", str(texts), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["files"]
     assert set(row) == {"file", "bytes", "tokens", "bpb"} and row["file"] == str(texts)
@@ -74,7 +80,10 @@ def test_several_files_and_the_limit(checkpoint: Path, texts: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["files"][0]["bpb"] > 0
 
 
-@pytest.mark.parametrize(("words", "part"), [(["--context", "999"], "999"), (["--stride", "300"], "300"), (["--context", "4", "--stride", "5"], "5")])
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["--context", "999"], "999"), (["--stride", "300"], "300"), (["--context", "4", "--stride", "5"], "5")],
+)
 def test_impossible_windows_are_named(checkpoint: Path, texts: Path, words: list[str], part: str) -> None:
     """Guards a message instead of a figure from a context that the model does not have."""
     with pytest.raises(ValueError, match=part):
@@ -102,4 +111,6 @@ def test_probes_are_answered_and_counted(checkpoint: Path, monkeypatch: pytest.M
     assert answers and [(p.prompt, a) for p, a, _ in answers] == [(p.prompt, a) for p, a, _ in again]
     result = score_probes(answers)
     table = probe_table(result)
-    assert all(kind in table for kind in result["kinds"]) and sum(c["total"] for c in result["cells"].values()) == len(answers)
+    assert all(kind in table for kind in result["kinds"]) and sum(c["total"] for c in result["cells"].values()) == len(
+        answers
+    )

@@ -55,24 +55,43 @@ run_main(main)
 def pretrain_words(folder: Path, tokenizer_dir: Path, out: str, *more: str) -> list[str]:
     if not (folder / "text.jsonl").is_file():
         write_jsonl(folder / "text.jsonl", text_rows(40))
-    return [*TINY_SHAPE, *FAST, f"data.pretrain_file={folder / 'text.jsonl'}", f"data.store_dir={folder / 'store'}",
-            f"tokenizer_dir={tokenizer_dir}", f"out_dir={folder / out}", *more]
+    return [
+        *TINY_SHAPE,
+        *FAST,
+        f"data.pretrain_file={folder / 'text.jsonl'}",
+        f"data.store_dir={folder / 'store'}",
+        f"tokenizer_dir={tokenizer_dir}",
+        f"out_dir={folder / out}",
+        *more,
+    ]
 
 
-STEPS = ["train.max_steps=6", "train.checkpoint_every=2", "train.log_every=1", "train.keep_checkpoints=1", "model.dropout=0.1"]
+STEPS = [
+    "train.max_steps=6",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+    "train.keep_checkpoints=1",
+    "model.dropout=0.1",
+]
 
 
 @pytest.fixture(scope="module")
 def straight_weights(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> dict[str, torch.Tensor]:
     """Weights of the run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
-    assert pretrain(parse_command_line(PretrainConfig, pretrain_words(folder, tokenizer_dir, "run", *STEPS)), lambda text: None) == 0
+    assert (
+        pretrain(
+            parse_command_line(PretrainConfig, pretrain_words(folder, tokenizer_dir, "run", *STEPS)), lambda text: None
+        )
+        == 0
+    )
     return SmartHaoAI.from_pretrained(folder / "run").state_dict()
 
 
 @pytest.mark.parametrize("point", ["optimizer", "rename", "delete"])
-def test_a_kill_while_a_checkpoint_is_written(point: str, tmp_path: Path, tokenizer_dir: Path,
-                                                straight_weights: dict[str, torch.Tensor]) -> None:
+def test_a_kill_while_a_checkpoint_is_written(
+    point: str, tmp_path: Path, tokenizer_dir: Path, straight_weights: dict[str, torch.Tensor]
+) -> None:
     """Guards against a half-written checkpoint being taken for a whole one, and against losing the one before."""
     (tmp_path / "driver.py").write_text(DRIVER, encoding="utf-8")
     words = pretrain_words(tmp_path, tokenizer_dir, "killed", *STEPS)
@@ -90,14 +109,30 @@ def test_a_kill_while_a_checkpoint_is_written(point: str, tmp_path: Path, tokeni
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these signals to one process")
-@pytest.mark.parametrize(("number", "module"), [(signal.SIGTERM, "train.train_pretrain"), (signal.SIGINT, "train.train_sft")])
-def test_a_stop_signal_saves_and_resume_finishes(number: signal.Signals, module: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "module"), [(signal.SIGTERM, "train.train_pretrain"), (signal.SIGINT, "train.train_sft")]
+)
+def test_a_stop_signal_saves_and_resume_finishes(
+    number: signal.Signals, module: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
     """Guards Ctrl-C and a termination request: the step is finished, the state saved, the exit status 130."""
-    words = pretrain_words(tmp_path, tokenizer_dir, "run", "train.log_every=1", "train.checkpoint_every=0", "model_dir=none",
-                           f"data.sft_file={write_jsonl(tmp_path / 'chat.jsonl', chat_rows(40))}")
+    words = pretrain_words(
+        tmp_path,
+        tokenizer_dir,
+        "run",
+        "train.log_every=1",
+        "train.checkpoint_every=0",
+        "model_dir=none",
+        f"data.sft_file={write_jsonl(tmp_path / 'chat.jsonl', chat_rows(40))}",
+    )
     out = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-m", module, *words, "train.max_steps=100000"], cwd=ROOT, env=stage_environment(),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *words, "train.max_steps=100000"],
+        cwd=ROOT,
+        env=stage_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         try:
             deadline = time.monotonic() + 60
             while len(read_jsonl(out / "metrics.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -111,7 +146,10 @@ def test_a_stop_signal_saves_and_resume_finishes(number: signal.Signals, module:
     (checkpoint,) = list_checkpoints(out)
     step = load_state(checkpoint)["step"]
     assert 3 <= step < 100_000 and not (out / "model.safetensors").exists()
-    stage, kind = (pretrain, PretrainConfig) if module.endswith("pretrain") else (sft, SFTConfig)
-    assert stage(parse_command_line(kind, [*words, f"train.max_steps={step + 2}", "--resume"]), lambda text: None) == 0
+    more = [*words, f"train.max_steps={step + 2}", "--resume"]
+    if module == "train.train_pretrain":
+        assert pretrain(parse_command_line(PretrainConfig, more), lambda text: None) == 0
+    else:
+        assert sft(parse_command_line(SFTConfig, more), lambda text: None) == 0
     assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == list(range(1, step + 3))
     assert (out / "model.safetensors").is_file()

@@ -24,7 +24,18 @@ from train.metrics import read_jsonl
 from train.runtime import StopRequest
 from train.store import TokenStore, open_store
 
-KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "real_token_share", "val_loss", "val_bpb", "peak_memory_mb"}
+KEYS = {
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "real_token_share",
+    "val_loss",
+    "val_bpb",
+    "peak_memory_mb",
+}
 TIMES = {"tokens_per_second", "peak_memory_mb", "seconds"}
 Fit = Callable[..., tuple[SmartHaoAI, FitResult]]
 
@@ -34,25 +45,64 @@ def stores(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> dict[str, TokenStore
     data = DataConfig(store_dir=str(tmp_path / "store"), val_share=0.0)
     quiet: Callable[[str], object] = lambda text: None  # noqa: E731
     return {
-        "pretrain": open_store(str(write_jsonl(tmp_path / "t.jsonl", text_rows(30))), tiny_tokenizer, "pretrain", data, quiet),
-        "sft": open_store(str(write_jsonl(tmp_path / "c.jsonl", chat_rows(60))), tiny_tokenizer, "sft", data, quiet)}
+        "pretrain": open_store(
+            str(write_jsonl(tmp_path / "t.jsonl", text_rows(30))), tiny_tokenizer, "pretrain", data, quiet
+        ),
+        "sft": open_store(str(write_jsonl(tmp_path / "c.jsonl", chat_rows(60))), tiny_tokenizer, "sft", data, quiet),
+    }
 
 
 @pytest.fixture
 def run(tmp_path: Path, stores: dict[str, TokenStore], tiny_tokenizer: BPETokenizer) -> Fit:
     """run(name, kind, resume=..., loss=..., dropout=..., **train settings) -> (model, result) in tmp_path / name."""
 
-    def run(name: str, kind: str = "pretrain", resume: bool = False, loss: Any = lm_loss, dropout: float = 0.0, evaluate: Any = None,
-            sample: Any = None, max_length: int = 32, **train: Any) -> tuple[SmartHaoAI, FitResult]:
-        options = {"precision": "fp32", "batch_size": 2, "max_steps": 8, "log_every": 3, "checkpoint_every": 0, "checkpoint_minutes": 0,
-                   "warmup_steps": 2, "lr": 3e-3, "keep_checkpoints": 50, **train}
+    def run(
+        name: str,
+        kind: str = "pretrain",
+        resume: bool = False,
+        loss: Any = lm_loss,
+        dropout: float = 0.0,
+        evaluate: Any = None,
+        sample: Any = None,
+        max_length: int = 32,
+        **train: Any,
+    ) -> tuple[SmartHaoAI, FitResult]:
+        options = {
+            "precision": "fp32",
+            "batch_size": 2,
+            "max_steps": 8,
+            "log_every": 3,
+            "checkpoint_every": 0,
+            "checkpoint_minutes": 0,
+            "warmup_steps": 2,
+            "lr": 3e-3,
+            "keep_checkpoints": 50,
+            **train,
+        }
         settings: StageConfig = (PretrainConfig if kind == "pretrain" else SFTConfig)(
-            out_dir=str(tmp_path / name), data=DataConfig(max_length=max_length), train=OptimizationConfig(**options), resume=resume)
+            out_dir=str(tmp_path / name),
+            data=DataConfig(max_length=max_length),
+            train=OptimizationConfig(**options),
+            resume=resume,
+        )
         torch.manual_seed(0)
-        model = SmartHaoAI(HaoAIConfig(vocab_size=tiny_tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, intermediate_size=32,
-                                       max_position_embeddings=256, dropout=dropout, attention_dropout=dropout))
+        model = SmartHaoAI(
+            HaoAIConfig(
+                vocab_size=tiny_tokenizer.vocab_size,
+                n_layer=2,
+                n_head=2,
+                n_kv_head=1,
+                n_embd=16,
+                intermediate_size=32,
+                max_position_embeddings=256,
+                dropout=dropout,
+                attention_dropout=dropout,
+            )
+        )
         source = make_source(stores[kind], settings, tiny_tokenizer.pad_token_id)
-        return model, fit(settings, model, source, loss, evaluate, tokenizer=tiny_tokenizer, sample=sample, log=lambda text: None)
+        return model, fit(
+            settings, model, source, loss, evaluate, tokenizer=tiny_tokenizer, sample=sample, log=lambda text: None
+        )
 
     return run
 
@@ -62,7 +112,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def largest_difference(first: SmartHaoAI, second: SmartHaoAI) -> float:
-    return max(float((a - b).detach().abs().max()) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    return max(
+        float((a - b).detach().abs().max()) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -71,7 +123,9 @@ def test_eight_rows_or_four_times_two(run: Fit, tmp_path: Path, optimizer: str) 
     whole, _ = run("8x1", "sft", batch_size=8, accumulation_steps=1, log_every=1, optimizer=optimizer, max_steps=4)
     split, _ = run("2x4", "sft", batch_size=2, accumulation_steps=4, log_every=1, optimizer=optimizer, max_steps=4)
     for a, b in zip(rows_of(tmp_path / "8x1"), rows_of(tmp_path / "2x4"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
         assert a["tokens"] == b["tokens"]
     assert largest_difference(whole, split) < 1e-5
 
@@ -83,11 +137,18 @@ def test_micro_batches_have_unequal_weights(stores: dict[str, TokenStore], tiny_
     assert len({source.next_batch(0.0).weights["tokens"] for _ in range(4)}) > 1
 
 
-def test_overfitting_one_document(run: Fit, stores: dict[str, TokenStore], tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
+def test_overfitting_one_document(
+    run: Fit, stores: dict[str, TokenStore], tmp_path: Path, tiny_tokenizer: BPETokenizer
+) -> None:
     """Guards that the whole of model, loss, optimiser and schedule learns: one document is known by heart."""
     file = write_jsonl(tmp_path / "one.jsonl", [{"text": "小猫在窗边睡觉，它梦见了一条鱼。"}])
-    stores["pretrain"] = open_store(str(file), tiny_tokenizer, "pretrain", DataConfig(store_dir=str(tmp_path / "one"), val_share=0.0),
-                                    lambda text: None)
+    stores["pretrain"] = open_store(
+        str(file),
+        tiny_tokenizer,
+        "pretrain",
+        DataConfig(store_dir=str(tmp_path / "one"), val_share=0.0),
+        lambda text: None,
+    )
     for optimizer in ("adamw", "muon"):
         _, result = run(optimizer, optimizer=optimizer, lr=0.02, max_steps=80, batch_size=1, log_every=10)
         assert result.last["loss"] < 0.1, optimizer
@@ -105,14 +166,22 @@ def stopping(requests: list[StopRequest], at: int) -> Any:
     return loss
 
 
-@pytest.mark.parametrize(("kind", "optimizer", "stops"), [
-    ("pretrain", "adamw", [4]), ("pretrain", "muon", [1, 5]), ("sft", "adamw", [2, 7]), ("sft", "muon", [5])])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, optimizer: str,
-                                                            stops: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "stops"),
+    [("pretrain", "adamw", [4]), ("pretrain", "muon", [1, 5]), ("sft", "adamw", [2, 7]), ("sft", "muon", [5])],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, optimizer: str, stops: list[int]
+) -> None:
     """Guards weights, optimiser, random states, cursor and the rows of metrics.jsonl, with dropout and accumulation, at steps
     that fall between two logged rows."""
-    options: dict[str, Any] = {"optimizer": optimizer, "dropout": 0.2, "accumulation_steps": 2, "eval_every": 4,
-                               "evaluate": lambda model: {"val_loss": float(next(model.parameters()).sum()), "val_bpb": 1.0}}
+    options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "dropout": 0.2,
+        "accumulation_steps": 2,
+        "eval_every": 4,
+        "evaluate": lambda model: {"val_loss": float(next(model.parameters()).detach().sum()), "val_bpb": 1.0},
+    }
     straight, result = run("straight", kind, **options)
     original = loop.StopRequest.installed
     requests: list[StopRequest] = []
@@ -166,12 +235,19 @@ def poisoned(bad_steps: set[int], value: float) -> Any:
 def test_a_step_that_is_not_finite_is_skipped(run: Fit, tmp_path: Path, value: float) -> None:
     """Guards the weights, the log (valid JSON, no NaN in the row) and the count of skipped steps."""
     before, _ = run("before", max_steps=3, log_every=1, warmup_steps=0, schedule="constant")
-    after, result = run("after", max_steps=4, log_every=2, warmup_steps=0, schedule="constant", loss=poisoned({4}, value))
+    after, result = run(
+        "after", max_steps=4, log_every=2, warmup_steps=0, schedule="constant", loss=poisoned({4}, value)
+    )
     assert largest_difference(before, after) == 0.0
     events = read_jsonl(tmp_path / "after" / "events.jsonl")
     assert [(e["step"], e["event"]) for e in events] == [(4, "skipped")]
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "after" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["skipped"] for row in rows] == [0, 1] and all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+    rows = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "after" / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert [row["skipped"] for row in rows] == [0, 1] and all(
+        math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows
+    )
     assert result.step == 4
 
 
@@ -183,6 +259,7 @@ def test_several_bad_steps_in_a_row_stop_the_run(run: Fit) -> None:
     assert result.step == 8
 
 
+@torch.no_grad()
 def test_a_packed_rows_loss_is_that_of_its_documents(tiny_model: SmartHaoAI) -> None:
     """Guards against attention, positions or labels that cross documents in a packed row."""
     random = torch.Generator().manual_seed(2)
@@ -202,16 +279,33 @@ def test_a_packed_rows_loss_is_that_of_its_documents(tiny_model: SmartHaoAI) -> 
 def test_what_a_run_leaves(run: Fit, tmp_path: Path) -> None:
     """Guards the keys of metrics.jsonl, the settings, the plot, samples, and the number of kept checkpoints."""
     pytest.importorskip("matplotlib")
-    _, result = run("run", evaluate=lambda model: {"val_loss": 2.5, "val_bpb": 1.5}, eval_every=4, checkpoint_every=2, keep_checkpoints=2,
-                    sample=lambda model: [("从前", "有\u2028一只猫")])
+    _, result = run(
+        "run",
+        evaluate=lambda model: {"val_loss": 2.5, "val_bpb": 1.5},
+        eval_every=4,
+        checkpoint_every=2,
+        keep_checkpoints=2,
+        sample=lambda model: [("从前", "有\u2028一只猫")],
+    )
     out = tmp_path / "run"
     rows = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 4, 6, 8] and all(set(row) >= KEYS for row in rows)
     assert [row["val_loss"] for row in rows] == [None, 2.5, None, 2.5]
     assert rows[-1]["tokens"] == result.tokens == 8 * 2 * 32 and rows[-1]["real_token_share"] == 1.0
-    assert yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["train"] == to_dict(OptimizationConfig(
-        precision="fp32", batch_size=2, max_steps=8, log_every=3, checkpoint_every=2, checkpoint_minutes=0, warmup_steps=2, lr=3e-3,
-        keep_checkpoints=2, eval_every=4))
+    assert yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["train"] == to_dict(
+        OptimizationConfig(
+            precision="fp32",
+            batch_size=2,
+            max_steps=8,
+            log_every=3,
+            checkpoint_every=2,
+            checkpoint_minutes=0,
+            warmup_steps=2,
+            lr=3e-3,
+            keep_checkpoints=2,
+            eval_every=4,
+        )
+    )
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert [p.name for p in list_checkpoints(out)] == ["step_000006", "step_000008"]
     assert [e["answer"] for e in read_jsonl(out / "events.jsonl")] == ["有\u2028一只猫"]

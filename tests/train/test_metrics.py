@@ -18,7 +18,13 @@ from train.data import IGNORE, evaluation_batches, make_source
 from train.metrics import MetricsLog, _windows, bits_per_byte, held_out_loss, plot_loss, read_jsonl, write_report
 from train.store import open_store
 
-TEXTS = ["小猫在窗边睡觉，阳光照在它的身上，它梦见了一条很大的鱼。" * 3, "The quick brown fox jumps over the lazy dog. " * 4, "a", "", "你好"]
+TEXTS = [
+    "小猫在窗边睡觉，阳光照在它的身上，它梦见了一条很大的鱼。" * 3,
+    "The quick brown fox jumps over the lazy dog. " * 4,
+    "a",
+    "",
+    "你好",
+]
 
 
 @torch.no_grad()
@@ -30,7 +36,9 @@ def nats_by_hand(model: SmartHaoAI, tokenizer: BPETokenizer, text: str, context:
         if stride == context:
             seen = [end, *ids[t - t % context : t]]
         else:
-            last = context if t < context else context + (t - context) // stride * stride + stride  # tokens scored once this window is done
+            last = (
+                context if t < context else context + (t - context) // stride * stride + stride
+            )  # tokens scored once this window is done
             stop = min(last, len(ids))
             seen = [end, *ids][max(0, stop - context) : t + 1]
         assert 1 <= len(seen) <= context
@@ -40,26 +48,37 @@ def nats_by_hand(model: SmartHaoAI, tokenizer: BPETokenizer, text: str, context:
 
 
 @pytest.mark.parametrize(("context", "stride"), [(16, None), (16, 16), (16, 5), (8, 1), (256, None)])
-def test_bits_per_byte_equal_a_computation_by_hand(tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, context: int, stride: int | None) -> None:
+def test_bits_per_byte_equal_a_computation_by_hand(
+    tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, context: int, stride: int | None
+) -> None:
     """Guards the windows, the softmax over the whole vocabulary, the division by UTF-8 bytes; Chinese has three a character."""
     got = bits_per_byte(tiny_model, tiny_tokenizer, TEXTS, context, stride)
     nats = sum(nats_by_hand(tiny_model, tiny_tokenizer, text, context, stride or context) for text in TEXTS)
     assert got.bytes == sum(len(text.encode("utf-8")) for text in TEXTS)
     assert got.tokens == sum(len(tiny_tokenizer.encode(text)) for text in TEXTS)
-    assert got.nats == pytest.approx(nats, rel=1e-5) and got.bpb == pytest.approx(nats / math.log(2) / got.bytes, rel=1e-5)
+    assert got.nats == pytest.approx(nats, rel=1e-5) and got.bpb == pytest.approx(
+        nats / math.log(2) / got.bytes, rel=1e-5
+    )
 
 
-def test_bits_per_byte_do_not_depend_on_batching(tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_per_byte_do_not_depend_on_batching(
+    tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against padding or neighbours in a batch that change a text's score."""
     whole = bits_per_byte(tiny_model, tiny_tokenizer, TEXTS, 16, 7)
     monkeypatch.setattr(metrics, "EVALUATION_ROWS", 1)
     single = bits_per_byte(tiny_model, tiny_tokenizer, TEXTS[::-1], 16, 7)
-    assert single.nats == pytest.approx(whole.nats, rel=1e-6) and (single.bytes, single.tokens) == (whole.bytes, whole.tokens)
+    assert single.nats == pytest.approx(whole.nats, rel=1e-6) and (single.bytes, single.tokens) == (
+        whole.bytes,
+        whole.tokens,
+    )
     assert bits_per_byte(tiny_model, tiny_tokenizer, [""], 16).bpb is None
 
 
 @pytest.mark.parametrize(("context", "stride"), [(257, None), (16, 17), (16, 0), (0, None)])
-def test_impossible_windows_are_refused(tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, context: int, stride: int | None) -> None:
+def test_impossible_windows_are_refused(
+    tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, context: int, stride: int | None
+) -> None:
     """Guards a message instead of a wrong figure for a context the model does not have."""
     with pytest.raises(ValueError, match="context"):
         bits_per_byte(tiny_model, tiny_tokenizer, TEXTS, context, stride)
@@ -83,10 +102,18 @@ def test_windows_score_every_token_once(length: int, context: int, data: st.Data
     assert scored == sequence[1:]
 
 
-def test_held_out_loss_is_the_mean_over_tokens_and_bytes(tmp_path: Path, tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
+def test_held_out_loss_is_the_mean_over_tokens_and_bytes(
+    tmp_path: Path, tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer
+) -> None:
     """Guards val_loss and val_bpb against sums by hand over the same rows, independent of the batch size, and the model's mode."""
     file = write_jsonl(tmp_path / "t.jsonl", text_rows(12))
-    store = open_store(str(file), tiny_tokenizer, "pretrain", DataConfig(store_dir=str(tmp_path / "s"), val_share=0.0), lambda text: None)
+    store = open_store(
+        str(file),
+        tiny_tokenizer,
+        "pretrain",
+        DataConfig(store_dir=str(tmp_path / "s"), val_share=0.0),
+        lambda text: None,
+    )
     lengths = torch.tensor(tiny_tokenizer.token_byte_lengths())
 
     def measured(batch_size: int) -> dict[str, float]:
@@ -106,10 +133,14 @@ def test_held_out_loss_is_the_mean_over_tokens_and_bytes(tmp_path: Path, tiny_mo
                 log_probs = torch.log_softmax(tiny_model.eval()(own[None]).logits[0].double(), dim=-1)
             nats -= float(log_probs[:-1].gather(1, own[1:, None]).sum())
             tokens += len(own) - 1
-            size += sum(len(tiny_tokenizer.token_bytes(t)) for t in own[1:].tolist() if t != tiny_tokenizer.document_end_id)
+            size += sum(
+                len(tiny_tokenizer.token_bytes(t)) for t in own[1:].tolist() if t != tiny_tokenizer.document_end_id
+            )
     for batch_size in (1, 4):
         got = measured(batch_size)
-        assert got["val_loss"] == pytest.approx(nats / tokens, rel=1e-5) and got["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+        assert got["val_loss"] == pytest.approx(nats / tokens, rel=1e-5) and got["val_bpb"] == pytest.approx(
+            nats / math.log(2) / size, rel=1e-5
+        )
     assert tiny_model.training
 
 
@@ -141,8 +172,18 @@ def test_plot_and_report(tmp_path: Path) -> None:
     """Guards the plot of an empty and of a short run, and that the report leaves out what is not known."""
     pytest.importorskip("matplotlib")
     assert plot_loss([], tmp_path / "empty.png", "no rows yet")
-    assert plot_loss([{"tokens": 5, "loss": 1.0, "lr": 0.1, "val_loss": 2.0}, {"tokens": 9, "loss": None, "lr": 0.1}], tmp_path / "a.png", "one")
+    assert plot_loss(
+        [{"tokens": 5, "loss": 1.0, "lr": 0.1, "val_loss": 2.0}, {"tokens": 9, "loss": None, "lr": 0.1}],
+        tmp_path / "a.png",
+        "one",
+    )
     assert (tmp_path / "a.png").stat().st_size > 1000
     write_report(tmp_path, "运行", {"parameters": "1", "held-out loss": None}, [("从前", "有一天\n")], 90)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "# 运行" in report and "- parameters: 1" in report and "held-out" not in report and "有一天" in report and "1.5 minutes" in report
+    assert (
+        "# 运行" in report
+        and "- parameters: 1" in report
+        and "held-out" not in report
+        and "有一天" in report
+        and "1.5 minutes" in report
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from train.config import OptimizationConfig
 from train.optim import Muon, build_optimizers, lr_factor, orthogonalise
 
 
-@pytest.mark.parametrize(("schedule", "factors"), [
-    # at steps 0, 1 (warm-up of 2), 2 (peak), 52 (half of what follows), 101 (last)
-    ("constant", [0.5, 1, 1, 1, 1]),
-    ("linear", [0.5, 1, 1, 0.55, 0.1 + 0.9 * 0.01]),
-    ("cosine", [0.5, 1, 1, 0.55, 0.1 + 0.45 * (1 + math.cos(math.pi * 0.99))]),
-    ("wsd", [0.5, 1, 1, 1, 0.1 + 0.9 * 0.01 / 0.4])])
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        # at steps 0, 1 (warm-up of 2), 2 (peak), 52 (half of what follows), 101 (last)
+        ("constant", [0.5, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.55, 0.1 + 0.9 * 0.01]),
+        ("cosine", [0.5, 1, 1, 0.55, 0.1 + 0.45 * (1 + math.cos(math.pi * 0.99))]),
+        ("wsd", [0.5, 1, 1, 1, 0.1 + 0.9 * 0.01 / 0.4]),
+    ],
+)
 def test_schedules(schedule: str, factors: list[float]) -> None:
     """Guards the shape of every schedule at its corners."""
     settings = OptimizationConfig(schedule=schedule, warmup_steps=2, min_lr_ratio=0.1, decay_share=0.4)
@@ -51,7 +56,12 @@ def test_every_parameter_has_one_optimiser(name: str, tiny_model: SmartHaoAI) ->
 def test_frozen_parameters_are_left_out(name: str, tiny_model: SmartHaoAI) -> None:
     """Guards fine-tuning of a part: what does not require a gradient belongs to no optimiser."""
     tiny_model.embed_tokens.weight.requires_grad_(False)
-    held = {id(p) for o in build_optimizers(tiny_model, OptimizationConfig(optimizer=name), "cpu") for g in o.param_groups for p in g["params"]}
+    held = {
+        id(p)
+        for o in build_optimizers(tiny_model, OptimizationConfig(optimizer=name), "cpu")
+        for g in o.param_groups
+        for p in g["params"]
+    }
     assert held == {id(p) for p in tiny_model.parameters() if p.requires_grad}
 
 
@@ -71,9 +81,13 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
 
 def test_muon_treats_fused_matrices_apart(tiny_model: SmartHaoAI) -> None:
     """Guards q, k, v and gate, up: their fused update equals that of separate matrices."""
-    attention, mlp = tiny_model.layers[0].self_attn, tiny_model.layers[0].mlp
+    block: Any = tiny_model.layers[0]
+    attention, mlp = block.self_attn, block.mlp
     kv = attention.n_kv_head * attention.head_dim
-    cases = [(attention.qkv_proj.weight, [attention.n_head * attention.head_dim, kv, kv]), (mlp.gate_up_proj.weight, [64, 64])]
+    cases = [
+        (attention.qkv_proj.weight, [attention.n_head * attention.head_dim, kv, kv]),
+        (mlp.gate_up_proj.weight, [64, 64]),
+    ]
     parts = [[torch.nn.Parameter(piece.detach().clone()) for piece in weight.split(rows)] for weight, rows in cases]
     fused = build_optimizers(tiny_model, OptimizationConfig(optimizer="muon", lr=0.1, weight_decay=0.1), "cpu")[1]
     apart = Muon([{"params": [p for pieces in parts for p in pieces]}], lr=0.1, weight_decay=0.1)

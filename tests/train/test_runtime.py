@@ -15,21 +15,44 @@ import torch
 
 from train import runtime
 from train.config import OptimizationConfig, UsageError
-from train.runtime import StopRequest, choose_precision, describe_machine, device_name, format_minutes, peak_memory_mb, run_main, total_memory
+from train.runtime import (
+    StopRequest,
+    choose_precision,
+    describe_machine,
+    device_name,
+    format_minutes,
+    peak_memory_mb,
+    run_main,
+    total_memory,
+)
 
 
 def raises(error: BaseException) -> Callable[[], int]:
     def main() -> int:
         raise error
+
     return main
 
 
-@pytest.mark.parametrize(("main", "status", "text"), [
-    (lambda: None, 0, ""), (lambda: 0, 0, ""), (lambda: 130, 130, ""), (raises(UsageError("bad key")), 2, "error: bad key"),
-    (raises(ValueError("bad row")), 1, "error: bad row"), (raises(FileNotFoundError("no 文件")), 1, "error: no 文件"),
-    (raises(KeyboardInterrupt()), 130, "stopped")])
-def test_exit_statuses(main: Callable[[], int | None], status: int, text: str, capsys: pytest.CaptureFixture[str],
-                       monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("main", "status", "text"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 0, 0, ""),
+        (lambda: 130, 130, ""),
+        (raises(UsageError("bad key")), 2, "error: bad key"),
+        (raises(ValueError("bad row")), 1, "error: bad row"),
+        (raises(FileNotFoundError("no 文件")), 1, "error: no 文件"),
+        (raises(KeyboardInterrupt()), 130, "stopped"),
+    ],
+)
+def test_exit_statuses(
+    main: Callable[[], int | None],
+    status: int,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Guards what scripts rely on: 0 done, 1 failed, 2 usage, 130 stopped; mistakes are one line on standard error."""
     monkeypatch.delenv("HAOAI_DEBUG", raising=False)
     with pytest.raises(SystemExit) as ended:
@@ -38,7 +61,9 @@ def test_exit_statuses(main: Callable[[], int | None], status: int, text: str, c
     assert ended.value.code == status and shown.err.strip() == text and not shown.out
 
 
-def test_defects_are_not_dressed_up_as_mistakes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defects_are_not_dressed_up_as_mistakes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards the trace of a defect of the program, and that HAOAI_DEBUG shows the trace of a mistake too."""
     with pytest.raises(KeyError):
         run_main(raises(KeyError("defect")))
@@ -68,8 +93,12 @@ def test_a_missing_accelerator_is_named() -> None:
         device_name("cuda")
 
 
-@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.95, "fp32"), (1.0, 3.0, "fp32"), (1.16, 1.0, "bf16")])
-def test_precision_is_chosen_by_measurement(fp32: float, bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.95, "fp32"), (1.0, 3.0, "fp32"), (1.16, 1.0, "bf16")]
+)
+def test_precision_is_chosen_by_measurement(
+    fp32: float, bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against bf16 where it is slower (many CPUs), and a first, slow call deciding."""
     seen: list[str] = []
 
@@ -84,6 +113,7 @@ def test_precision_is_chosen_by_measurement(fp32: float, bf16: float, chosen: st
 
 def test_precision_as_set_and_where_bf16_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a setting against measurement, and a device without bf16 against a crash."""
+
     def never(work: Callable[[], object], device: str) -> float:
         raise RuntimeError("no kernel for bf16\nmore")
 

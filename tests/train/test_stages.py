@@ -14,7 +14,11 @@ from train import train_pretrain, train_sft, train_tokenizer
 from train.checkpoints import list_checkpoints
 from train.metrics import read_jsonl
 
-MAINS: dict[str, Callable[[], int | None]] = {"pretrain": train_pretrain.main, "sft": train_sft.main, "tokenizer": train_tokenizer.main}
+MAINS: dict[str, Callable[[], int | None]] = {
+    "pretrain": train_pretrain.main,
+    "sft": train_sft.main,
+    "tokenizer": train_tokenizer.main,
+}
 Command = Callable[..., tuple[int, str, str]]
 SMALL = [*FAST, "train.max_steps=2", "train.log_every=1"]
 
@@ -78,13 +82,26 @@ def test_pretraining_then_fine_tuning_without_any_path(command: Command, tmp_pat
     for name in ("pretrain", "sft"):
         folder = tmp_path / "weight" / name
         there = {p.name for p in folder.iterdir()}
-        assert there >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                         "generation_config.json", "run.yaml", "metrics.jsonl", "report.md", "README.md", "checkpoints"}
+        assert there >= {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "generation_config.json",
+            "run.yaml",
+            "metrics.jsonl",
+            "report.md",
+            "README.md",
+            "checkpoints",
+        }
         assert SmartHaoAI.from_pretrained(folder).config.n_layer == 2
         assert "parameters" in (folder / "report.md").read_text(encoding="utf-8")
         assert "run.yaml" in (folder / "README.md").read_text(encoding="utf-8")
         assert not list(folder.rglob("*.tmp"))
-    assert "weight/pretrain" in (tmp_path / "weight" / "sft" / "report.md").read_text(encoding="utf-8").replace("\\", "/")
+    assert "weight/pretrain" in (tmp_path / "weight" / "sft" / "report.md").read_text(encoding="utf-8").replace(
+        "\\", "/"
+    )
 
 
 def test_a_filled_out_dir_is_refused_replaced_or_continued(command: Command, pretrained: Path, tmp_path: Path) -> None:
@@ -93,8 +110,14 @@ def test_a_filled_out_dir_is_refused_replaced_or_continued(command: Command, pre
     assert command("sft", *words, "--resume")[0] == 0, "--resume with no checkpoint starts fresh"
     old = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     one_error(command("sft", *words), 2, "out_dir=run", "--resume", "--overwrite")
-    for bad in (["data.sft_file=nowhere.jsonl"], ["model.n_layer=7"], ["--dry-run"], ["data.max_length=999"], ["train.device=nonsense"],
-                ["data.val_file=nowhere.jsonl"]):
+    for bad in (
+        ["data.sft_file=nowhere.jsonl"],
+        ["model.n_layer=7"],
+        ["--dry-run"],
+        ["data.max_length=999"],
+        ["train.device=nonsense"],
+        ["data.val_file=nowhere.jsonl"],
+    ):
         command("sft", *words, "--overwrite", *bad)
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == old, bad
     assert command("sft", *words, "--overwrite", "train.max_steps=1")[0] == 0
@@ -117,21 +140,40 @@ def test_overwrite_deletes_only_what_a_run_wrote(command: Command, pretrained: P
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_a_dry_run_writes_no_out_dir(command: Command, pretrained: Path, tmp_path: Path, stage: str, tokenizer_dir: Path) -> None:
+def test_a_dry_run_writes_no_out_dir(
+    command: Command, pretrained: Path, tmp_path: Path, stage: str, tokenizer_dir: Path
+) -> None:
     """Guards --dry-run: parameters, memory, tokens and time are printed, nothing is trained or kept."""
-    words = ["out_dir=dry", *SMALL, "--dry-run", *([*TINY_SHAPE, f"tokenizer_dir={tokenizer_dir}"] if stage == "pretrain" else [])]
+    words = [
+        "out_dir=dry",
+        *SMALL,
+        "--dry-run",
+        *([*TINY_SHAPE, f"tokenizer_dir={tokenizer_dir}"] if stage == "pretrain" else []),
+    ]
     status, out, err = command(stage, *words)
     assert status == 0 and not (tmp_path / "dry").exists(), err
     assert all(word in out for word in ("parameters", "memory", "tokens", "time"))
 
 
-@pytest.mark.parametrize(("words", "status", "parts"), [
-    (["train.lrr=1"], 2, ["train.lr"]), (["model.n_layr=1"], 2, ["model.n_layer"]),
-    (["data.sft_file=nowhere.jsonl"], 1, ["nowhere.jsonl"]), (["model_dir=nowhere"], 1, ["nowhere"]), (["tokenizer_dir=nowhere"], 1, ["nowhere"]),
-    (["model.n_layer=3"], 2, ["model.n_layer=3", "2"]), (["model.n_embd=64"], 2, ["model.n_embd"]),
-    (["data.max_length=512"], 2, ["512", "256"]), (["train.device=nonsense"], 2, ["nonsense"]),
-    (["data.sft_file=training_data/pretrain/a.jsonl"], 1, ["a.jsonl"]), (["data.val_file=nowhere.jsonl"], 1, ["nowhere.jsonl"])])
-def test_mistakes_are_one_line(command: Command, pretrained: Path, tmp_path: Path, words: list[str], status: int, parts: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "status", "parts"),
+    [
+        (["train.lrr=1"], 2, ["train.lr"]),
+        (["model.n_layr=1"], 2, ["model.n_layer"]),
+        (["data.sft_file=nowhere.jsonl"], 1, ["nowhere.jsonl"]),
+        (["model_dir=nowhere"], 1, ["nowhere"]),
+        (["tokenizer_dir=nowhere"], 1, ["nowhere"]),
+        (["model.n_layer=3"], 2, ["model.n_layer=3", "2"]),
+        (["model.n_embd=64"], 2, ["model.n_embd"]),
+        (["data.max_length=512"], 2, ["512", "256"]),
+        (["train.device=nonsense"], 2, ["nonsense"]),
+        (["data.sft_file=training_data/pretrain/a.jsonl"], 1, ["a.jsonl"]),
+        (["data.val_file=nowhere.jsonl"], 1, ["nowhere.jsonl"]),
+    ],
+)
+def test_mistakes_are_one_line(
+    command: Command, pretrained: Path, tmp_path: Path, words: list[str], status: int, parts: list[str]
+) -> None:
     """Guards against tracebacks, and against an out_dir left by a run that never began: 2 for usage, 1 for a failed run."""
     one_error(command("sft", *SMALL, "out_dir=run", *words), status, *parts)
     assert not (tmp_path / "run").exists()
@@ -139,7 +181,9 @@ def test_mistakes_are_one_line(command: Command, pretrained: Path, tmp_path: Pat
 
 def test_the_checkpoints_shape_wins_over_a_preset(command: Command, pretrained: Path, tmp_path: Path) -> None:
     """Guards `model_dir`: a preset's shape is ignored, the same value given by name is accepted."""
-    status, _, err = command("pretrain", *SMALL, "out_dir=more", "model_dir=weight/pretrain", "model.preset=nano", "model.n_layer=2")
+    status, _, err = command(
+        "pretrain", *SMALL, "out_dir=more", "model_dir=weight/pretrain", "model.preset=nano", "model.n_layer=2"
+    )
     assert status == 0, err
     assert SmartHaoAI.from_pretrained(tmp_path / "more").config.n_embd == 32
 

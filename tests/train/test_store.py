@@ -12,13 +12,21 @@ from training_helpers import chat_rows, text_rows, write_jsonl
 
 from model import BPETokenizer
 from train.config import DataConfig
-from train.store import Split, TokenStore, open_store, training_turns
+from train.store import Split, open_store, training_turns
 
 
-def store_of(tmp_path: Path, spec: Any, tokenizer: BPETokenizer, kind: str = "pretrain", share: float = 0.2, strict: bool = False) -> TokenStore:
+def store_of(
+    tmp_path: Path, spec: Any, tokenizer: BPETokenizer, kind: str = "pretrain", share: float = 0.2, strict: bool = False
+) -> Any:
     """Opened store; `store.log` tells whether it was built."""
     lines: list[str] = []
-    store = open_store(spec, tokenizer, kind, DataConfig(store_dir=str(tmp_path / "store"), val_share=share, strict=strict), lines.append)
+    store = open_store(
+        spec,
+        tokenizer,
+        kind,
+        DataConfig(store_dir=str(tmp_path / "store"), val_share=share, strict=strict),
+        lines.append,
+    )
     store.log = lines  # type: ignore[attr-defined]
     return store
 
@@ -44,7 +52,9 @@ def test_texts_come_back_and_weights_are_not_part_of_the_store(tmp_path: Path, t
     """Guards the stored ids, the document ends around each text, and reuse when only a weight changes."""
     file = write_jsonl(tmp_path / "a.jsonl", text_rows(9))
     store = store_of(tmp_path, str(file), tiny_tokenizer)
-    assert texts(store.train, tiny_tokenizer) | texts(store.val, tiny_tokenizer) == {row["text"] for row in text_rows(9)}
+    assert texts(store.train, tiny_tokenizer) | texts(store.val, tiny_tokenizer) == {
+        row["text"] for row in text_rows(9)
+    }
     end = tiny_tokenizer.document_end_id
     assert all(store.train.tokens(i)[0] == store.train.tokens(i)[-1] == end for i in range(len(store.train)))
     weighted = store_of(tmp_path, {"path": str(file), "weight": 2}, tiny_tokenizer)
@@ -84,7 +94,11 @@ def test_ready_token_ids(name: str, tmp_path: Path, tiny_tokenizer: BPETokenizer
         return str(tmp_path / name)
 
     store = store_of(tmp_path, save([5, 6, end, end, 7, end, 8, 9]), tiny_tokenizer, share=0)
-    assert [store.train.tokens(i).tolist() for i in range(len(store.train))] == [[end, 5, 6, end], [end, 7, end], [end, 8, 9, end]]
+    assert [store.train.tokens(i).tolist() for i in range(len(store.train))] == [
+        [end, 5, 6, end],
+        [end, 7, end],
+        [end, 8, 9, end],
+    ]
     with pytest.raises(ValueError, match=r"holds id 60000.*vocabulary of"):
         store_of(tmp_path, save([5, 60_000]), tiny_tokenizer)
     with pytest.raises(ValueError, match="conversations"):
@@ -106,11 +120,22 @@ def test_bad_rows_are_counted_and_reported(tmp_path: Path, tiny_tokenizer: BPETo
     assert len(list((tmp_path / "store").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("name", "data"), [
-    ("empty.jsonl", b""), ("blank.txt", b"\n\n  \n"), ("broken.jsonl", b'{"text": \n'), ("latin.txt", "caf\xe9".encode("latin-1") * 9),
-    ("utf16.jsonl", '{"text": "a"}'.encode("utf-16")), ("fields.jsonl", b'{"txt": "a"}\n{"body": "b"}\n'), ("list.json", b"[1, 2")])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("empty.jsonl", b""),
+        ("blank.txt", b"\n\n  \n"),
+        ("broken.jsonl", b'{"text": \n'),
+        ("latin.txt", "caf\xe9".encode("latin-1") * 9),
+        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16")),
+        ("fields.jsonl", b'{"txt": "a"}\n{"body": "b"}\n'),
+        ("list.json", b"[1, 2"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
-def test_unusable_files_are_a_clear_error(name: str, data: bytes, kind: str, tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
+def test_unusable_files_are_a_clear_error(
+    name: str, data: bytes, kind: str, tmp_path: Path, tiny_tokenizer: BPETokenizer
+) -> None:
     """Guards against a crash or an empty store; nothing half written is left."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"no usable .*{name}"):
@@ -141,21 +166,30 @@ def says(text: str = "a", thought: str | None = None) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **({"reasoning_content": thought} if thought else {})}
 
 
-CALL = {"role": "assistant", "content": "", "reasoning_content": "look it up", "tool_calls": [{"name": "f", "arguments": {}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "reasoning_content": "look it up",
+    "tool_calls": [{"name": "f", "arguments": {}}],
+}
 RESULT = {"role": "tool", "content": "42"}
 
 
-@pytest.mark.parametrize(("messages", "rows"), [
-    ([user(), says()], [(2, {1})]),
-    ([user(), says(), user(), says()], [(4, {1, 3})]),
-    ([user(), says(thought="t"), user(), says(thought="t")], [(2, {1}), (4, {3})]),
-    ([user(), says(thought="t"), user(), says(), user(), says(thought="t")], [(2, {1}), (6, {3, 5})]),
-    ([user(), says("<think>\nt\n</think>\n\na"), user(), says()], [(2, {1}), (4, {3})]),
-    ([user(), CALL, RESULT, says(thought="t"), user(), says()], [(4, {1, 3}), (6, {5})]),
-    ([user(), CALL, RESULT, says(thought="t")], [(4, {1, 3})]),
-    ([says("hello"), user(), says()], [(3, {0, 2})]),
-    ([user(), says(), user()], [(3, {1})]),
-    ([user(), says(thought="t"), user()], [(2, {1})])])
+@pytest.mark.parametrize(
+    ("messages", "rows"),
+    [
+        ([user(), says()], [(2, {1})]),
+        ([user(), says(), user(), says()], [(4, {1, 3})]),
+        ([user(), says(thought="t"), user(), says(thought="t")], [(2, {1}), (4, {3})]),
+        ([user(), says(thought="t"), user(), says(), user(), says(thought="t")], [(2, {1}), (6, {3, 5})]),
+        ([user(), says("<think>\nt\n</think>\n\na"), user(), says()], [(2, {1}), (4, {3})]),
+        ([user(), CALL, RESULT, says(thought="t"), user(), says()], [(4, {1, 3}), (6, {5})]),
+        ([user(), CALL, RESULT, says(thought="t")], [(4, {1, 3})]),
+        ([says("hello"), user(), says()], [(3, {0, 2})]),
+        ([user(), says(), user()], [(3, {1})]),
+        ([user(), says(thought="t"), user()], [(2, {1})]),
+    ],
+)
 def test_training_turns(messages: list[dict[str, Any]], rows: list[tuple[int, set[int]]]) -> None:
     """Guards that each assistant turn is learned exactly once, with its reasoning visible where it has one."""
     got = [(len(part), learned) for part, learned in training_turns(messages)]
@@ -174,8 +208,11 @@ def test_only_the_assistants_words_are_learned(tmp_path: Path, tiny_tokenizer: B
         mask = split.mask(i)
         assert mask is not None and len(mask) == len(split.tokens(i))
         learned.append(tiny_tokenizer.decode(split.tokens(i)[mask.astype(bool)].tolist(), skip_special_tokens=False))
-    assert learned == ["<think>\n想一想\n</think>\n\n答案一<|im_end|>", "<think>\n\n</think>\n\n答案二<|im_end|>",
-                       "<think>\n\n</think>\n\n答案是 1。<|im_end|>"]
+    assert learned == [
+        "<think>\n想一想\n</think>\n\n答案一<|im_end|>",
+        "<think>\n\n</think>\n\n答案二<|im_end|>",
+        "<think>\n\n</think>\n\n答案是 1。<|im_end|>",
+    ]
 
 
 def test_reasoning_rows_of_one_conversation_stay_on_one_side(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:

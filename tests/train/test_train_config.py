@@ -30,14 +30,20 @@ STAGES = [TokenizerStageConfig, PretrainConfig, SFTConfig]
 
 
 def all_stages() -> dict[str, type[StageConfig]]:
-    kinds = [k for k in vars(settings_module).values() if isinstance(k, type) and issubclass(k, StageConfig) and k is not StageConfig]
+    kinds = [
+        k
+        for k in vars(settings_module).values()
+        if isinstance(k, type) and issubclass(k, StageConfig) and k is not StageConfig
+    ]
     return {stage_name(kind): kind for kind in kinds}
 
 
 def test_later_layers_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the order defaults < preset < config file < dotted words, whatever the order of the words."""
     monkeypatch.setattr(settings_module, "CONFIG_FOLDER", tmp_path)
-    (tmp_path / "pretrain_tiny.yaml").write_text("train: {lr: 0.1, batch_size: 3, seed: 1}\nmodel: {n_layer: 3}\n", encoding="utf-8")
+    (tmp_path / "pretrain_tiny.yaml").write_text(
+        "train: {lr: 0.1, batch_size: 3, seed: 1}\nmodel: {n_layer: 3}\n", encoding="utf-8"
+    )
     file = tmp_path / "mine.yaml"
     file.write_text("train: {batch_size: 4, seed: 2}\n", encoding="utf-8")
     got = parse_command_line(PretrainConfig, ["train.seed=5", "--config", str(file), "--preset=tiny"])
@@ -45,9 +51,16 @@ def test_later_layers_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert got.model_shape()["n_layer"] == 3 and got.model["preset"] == "nano"
 
 
-@pytest.mark.parametrize(("word", "name", "value"), [
-    ("train.lr=3e-4", "lr", 3e-4), ("train.max_steps=1e3", "max_steps", 1000), ("train.batch_size=8.0", "batch_size", 8),
-    ("train.epochs=2", "epochs", 2.0), ("train.device=cpu", "device", "cpu")])
+@pytest.mark.parametrize(
+    ("word", "name", "value"),
+    [
+        ("train.lr=3e-4", "lr", 3e-4),
+        ("train.max_steps=1e3", "max_steps", 1000),
+        ("train.batch_size=8.0", "batch_size", 8),
+        ("train.epochs=2", "epochs", 2.0),
+        ("train.device=cpu", "device", "cpu"),
+    ],
+)
 def test_words_become_the_fields_type(word: str, name: str, value: Any) -> None:
     """Guards against text reaching the arithmetic: `3e-4` is text to YAML, `1e3` is no int to Python."""
     got = getattr(parse_command_line(PretrainConfig, [word]).train, name)
@@ -57,9 +70,17 @@ def test_words_become_the_fields_type(word: str, name: str, value: Any) -> None:
 def test_yaml_text_numbers_none_lists_and_bools(tmp_path: Path) -> None:
     """Guards conversion of what PyYAML leaves as text, and of None, lists and switches."""
     file = tmp_path / "s.yaml"
-    file.write_text("train: {lr: 3e-4}\ndata: {strict: 'yes', val_file: [a.txt, b.txt]}\nmodel_dir: null\nmodel:\n", encoding="utf-8")
+    file.write_text(
+        "train: {lr: 3e-4}\ndata: {strict: 'yes', val_file: [a.txt, b.txt]}\nmodel_dir: null\nmodel:\n",
+        encoding="utf-8",
+    )
     got = parse_command_line(SFTConfig, ["--config", str(file)])
-    assert got.train.lr == 3e-4 and got.data.strict is True and got.data.val_file == ["a.txt", "b.txt"] and got.model_dir is None
+    assert (
+        got.train.lr == 3e-4
+        and got.data.strict is True
+        and got.data.val_file == ["a.txt", "b.txt"]
+        and got.model_dir is None
+    )
     assert got.model == {}
     words = ["model_dir=none", "data.sft_file=[a.jsonl, {path: b.jsonl, weight: 2}]", "data.strict=1", "--dry-run"]
     got = parse_command_line(SFTConfig, words)
@@ -67,19 +88,49 @@ def test_yaml_text_numbers_none_lists_and_bools(tmp_path: Path) -> None:
     assert got.data.sft_file == ["a.jsonl", {"path": "b.jsonl", "weight": 2}]
 
 
-@pytest.mark.parametrize(("words", "named"), [
-    (["train.learning_rat=1"], "train"), (["lr=1"], "train.lr"), (["train.batchsize=2"], "train.batch_size"),
-    (["model.n_layr=2"], "model.n_layer"), (["train=3"], "train"), (["train.lr.x=1"], "train.lr")])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train.learning_rat=1"], "train"),
+        (["lr=1"], "train.lr"),
+        (["train.batchsize=2"], "train.batch_size"),
+        (["model.n_layr=2"], "model.n_layer"),
+        (["train=3"], "train"),
+        (["train.lr.x=1"], "train.lr"),
+    ],
+)
 def test_unknown_key_names_the_nearest(words: list[str], named: str) -> None:
     """Guards against a mistyped setting being ignored."""
     with pytest.raises(UsageError, match=f"unknown setting.*{named}"):
         parse_command_line(PretrainConfig, words)
 
 
-@pytest.mark.parametrize("word", [
-    "train.lr=fast", "train.lr=nan", "train.batch_size=2.5", "train.batch_size=0", "train.max_steps=inf", "train.max_steps=-1", "data.strict=maybe",
-    "train.optimizer=sgd", "train.precision=int8", "data.max_length=1", "data.val_share=1", "model=nano", "model.n_layer=two", "model.preset=giant",
-    "data.val_file={", "--train.lr=3", "--preset", "--preset=nowhere", "--config=nowhere.yaml", "stray", "--flag"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.lr=fast",
+        "train.lr=nan",
+        "train.batch_size=2.5",
+        "train.batch_size=0",
+        "train.max_steps=inf",
+        "train.max_steps=-1",
+        "data.strict=maybe",
+        "train.optimizer=sgd",
+        "train.precision=int8",
+        "data.max_length=1",
+        "data.val_share=1",
+        "model=nano",
+        "model.n_layer=two",
+        "model.preset=giant",
+        "data.val_file={",
+        "--train.lr=3",
+        "--preset",
+        "--preset=nowhere",
+        "--config=nowhere.yaml",
+        "stray",
+        "--flag",
+    ],
+)
 def test_wrong_values_are_usage_errors(word: str) -> None:
     """Guards against tracebacks (or silent acceptance) for values of the wrong type or range."""
     with pytest.raises(UsageError):
@@ -122,7 +173,13 @@ def test_help_lists_every_setting_with_its_text(kind: type[StageConfig], capsys:
 @pytest.mark.parametrize("kind", STAGES)
 def test_run_yaml_round_trip(kind: type[StageConfig], tmp_path: Path) -> None:
     """Guards that a run's settings can be given back, and that its switches (overwrite!) do not come back with them."""
-    words = ["train.lr=3e-4", "data.pretrain_file=[语料.txt, {path: b.txt, weight: 0.5}]", "model.n_layer=3", "model_dir=none", "--overwrite"]
+    words = [
+        "train.lr=3e-4",
+        "data.pretrain_file=[语料.txt, {path: b.txt, weight: 0.5}]",
+        "model.n_layer=3",
+        "model_dir=none",
+        "--overwrite",
+    ]
     first = parse_command_line(kind, words)
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(first), encoding="utf-8")

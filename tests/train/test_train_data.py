@@ -80,9 +80,11 @@ def test_text_rows_know_their_documents(text_store: TokenStore) -> None:
 
 def test_epochs_are_shuffled_differently_and_seeds_differ(text_store: TokenStore) -> None:
     """Guards against the same order in every epoch or for every seed."""
+
     def order(seed: int) -> list[list[int]]:
         documents = PackedText(text_store, 1, 8, PAD, seed).documents
         return [documents.order(epoch).tolist() for epoch in range(2)]
+
     assert order(0) == order(0) and order(0)[0] != order(0)[1] and order(0)[0] != order(1)[0]
     assert sorted(order(0)[0]) == list(range(8))
 
@@ -123,14 +125,23 @@ def test_weights_say_how_often_an_epoch_reads_a_source(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(before=st.integers(0, 40), batch=st.integers(1, 4), length=st.integers(2, 45), short=st.booleans(), kind=st.booleans())
-def test_a_cursor_continues_exactly(text_store: TokenStore, chat_store: TokenStore, before: int, batch: int, length: int, short: bool,
-                                    kind: bool) -> None:
+@given(
+    before=st.integers(0, 40),
+    batch=st.integers(1, 4),
+    length=st.integers(2, 45),
+    short=st.booleans(),
+    kind=st.booleans(),
+)
+def test_a_cursor_continues_exactly(
+    text_store: TokenStore, chat_store: TokenStore, before: int, batch: int, length: int, short: bool, kind: bool
+) -> None:
     """Guards resuming at any point, epochs and blocks included: the batches that follow are those of the uninterrupted run."""
+
     def source() -> Any:
         if kind:
             return PackedConversations(chat_store, batch, length, PAD, seed=5, rows_per_step=batch * 2)
         return PackedText(text_store, batch, length, PAD, 5, 2 if short else 0, 0.5)
+
     whole = source()
     for i in range(before):
         whole.next_batch(i / 40)
@@ -151,7 +162,8 @@ def test_conversations_are_whole_once_per_epoch_and_rows_are_full(tmp_path: Path
     lengths = realistic(3000)
     documents = [[1 + i % 60_000] * n for i, n in enumerate(lengths)]
     store = write_store(tmp_path, documents, [[0] * 4 + [1] * (n - 5) + [0] for n in lengths])
-    source, seen = PackedConversations(store, 4, 512, PAD, rows_per_step=8), Counter()
+    source = PackedConversations(store, 4, 512, PAD, rows_per_step=8)
+    seen: Counter[int] = Counter()
     positions = real = 0
     while source.epoch == 0:
         before = source.state_dict()
@@ -186,6 +198,7 @@ def test_fitting_loses_nothing(sizes: list[int], group: int, seed: int) -> None:
 
 def test_rows_do_not_depend_on_the_micro_batch(chat_store: TokenStore) -> None:
     """Guards the identity of 8 x 1 and 2 x 4: the rows of a step and their order are the same."""
+
     def rows(batch_size: int) -> list[list[tuple[int, int, int]]]:
         source, found = PackedConversations(chat_store, batch_size, 24, PAD, rows_per_step=8), []
         for _ in range(24 // batch_size):
@@ -194,6 +207,7 @@ def test_rows_do_not_depend_on_the_micro_batch(chat_store: TokenStore) -> None:
                 keep = segments > 0
                 found.append(list(zip(ids[keep].tolist(), labels[keep].tolist(), segments[keep].tolist(), strict=True)))
         return found
+
     assert rows(8) == rows(2) == rows(1)
 
 
@@ -209,21 +223,36 @@ def turn(prompt: int, answer: int) -> list[int]:
     return [0] * prompt + [1] * answer + [0]
 
 
-@pytest.mark.parametrize(("mask", "length", "pieces", "counts"), [
-    (turn(3, 4), 16, [(0, 8)], (0, 0, 0, 0)),
-    (turn(3, 4) * 3, 16, [(0, 16), (16, 24)], (1, 0, 0, 0)),
-    (turn(3, 4) * 3, 8, [(0, 8), (8, 16), (16, 24)], (1, 0, 0, 0)),
-    (turn(3, 4) + [0] * 20, 16, [(0, 8)], (1, 0, 0, 0)),
-    (turn(30, 4), 16, [(19, 35)], (0, 1, 0, 0)),
-    (turn(2, 40), 16, [(0, 16)], (0, 0, 1, 0)),
-    (turn(30, 40), 16, [(26, 42)], (0, 0, 1, 0)),
-    (turn(3, 4) + turn(30, 4) + turn(2, 3), 16, [(0, 8), (27, 43), (43, 49)], (0, 1, 0, 0)),
-    (turn(3, 4) + turn(2, 40) + turn(2, 3), 16, [(0, 8), (8, 24), (51, 57)], (0, 0, 1, 0)),
-    ([0] * 30, 16, [], (0, 0, 0, 1)),
-], ids=["fits", "between-turns", "each-turn", "question-at-the-end", "long-prompt", "long-answer", "both-long", "long-prompt-inside",
-        "long-answer-inside", "nothing-learned"])
-def test_conversations_longer_than_the_context(tmp_path: Path, mask: list[int], length: int, pieces: list[tuple[int, int]],
-                                               counts: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("mask", "length", "pieces", "counts"),
+    [
+        (turn(3, 4), 16, [(0, 8)], (0, 0, 0, 0)),
+        (turn(3, 4) * 3, 16, [(0, 16), (16, 24)], (1, 0, 0, 0)),
+        (turn(3, 4) * 3, 8, [(0, 8), (8, 16), (16, 24)], (1, 0, 0, 0)),
+        (turn(3, 4) + [0] * 20, 16, [(0, 8)], (1, 0, 0, 0)),
+        (turn(30, 4), 16, [(19, 35)], (0, 1, 0, 0)),
+        (turn(2, 40), 16, [(0, 16)], (0, 0, 1, 0)),
+        (turn(30, 40), 16, [(26, 42)], (0, 0, 1, 0)),
+        (turn(3, 4) + turn(30, 4) + turn(2, 3), 16, [(0, 8), (27, 43), (43, 49)], (0, 1, 0, 0)),
+        (turn(3, 4) + turn(2, 40) + turn(2, 3), 16, [(0, 8), (8, 24), (51, 57)], (0, 0, 1, 0)),
+        ([0] * 30, 16, [], (0, 0, 0, 1)),
+    ],
+    ids=[
+        "fits",
+        "between-turns",
+        "each-turn",
+        "question-at-the-end",
+        "long-prompt",
+        "long-answer",
+        "both-long",
+        "long-prompt-inside",
+        "long-answer-inside",
+        "nothing-learned",
+    ],
+)
+def test_conversations_longer_than_the_context(
+    tmp_path: Path, mask: list[int], length: int, pieces: list[tuple[int, int]], counts: tuple[int, int, int, int]
+) -> None:
     """Guards where a long conversation is cut (never inside an answer that fits) and that every cut is counted."""
     store = write_store(tmp_path, [*numbered([len(mask)]), [9] * 8], [mask, turn(3, 4)])
     said: list[str] = []
@@ -236,8 +265,12 @@ def test_conversations_longer_than_the_context(tmp_path: Path, mask: list[int], 
 
 
 @settings(max_examples=60, deadline=None)
-@given(turns=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6), length=st.integers(4, 40))
-def test_no_answer_that_fits_is_cut(tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int]], length: int) -> None:
+@given(
+    turns=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6), length=st.integers(4, 40)
+)
+def test_no_answer_that_fits_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int]], length: int
+) -> None:
     """Guards against answers cut in two or learned twice: whatever fits beside a token of its question is learned whole, once."""
     mask = [m for prompt, answer in turns for m in turn(prompt, answer)]
     store = write_store(tmp_path_factory.mktemp("cut"), numbered([len(mask)]), [mask])
@@ -265,20 +298,26 @@ def test_nothing_to_learn_at_all_is_an_error(tmp_path: Path) -> None:
 def test_a_context_shorter_than_a_turn_gives_no_nan(tmp_path: Path) -> None:
     """Guards finite losses and gradients when rows hold padding, cut turns and few labels."""
     store = write_store(tmp_path, numbered([30, 40, 9]), [turn(26, 3), turn(2, 37), turn(6, 2)])
-    model = SmartHaoAI(HaoAIConfig(vocab_size=90, n_layer=1, n_head=2, n_embd=16, intermediate_size=32, max_position_embeddings=8))
+    model = SmartHaoAI(
+        HaoAIConfig(vocab_size=90, n_layer=1, n_head=2, n_embd=16, intermediate_size=32, max_position_embeddings=8)
+    )
     source = PackedConversations(store, 2, 5, PAD)
     for _ in range(4):
         batch = source.next_batch()
         term = lm_loss(model, batch)[0]
         term.total.backward()
-        assert torch.isfinite(term.total) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        assert torch.isfinite(term.total) and all(
+            torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
+        )
         assert batch.weights["tokens"] > 0
 
 
 def test_held_out_batches_are_one_pass_at_most(text_store: TokenStore) -> None:
     """Guards the evaluation's amount: about the tokens asked for, never a second pass."""
+
     def source() -> PackedText:
         return PackedText(text_store, 2, 8, PAD)
+
     seen = [t for b in evaluation_batches(source(), 10**6) for t in ids_of(b)]
     assert len(seen) == len(set(seen)) and text_store.train.token_count - len(seen) < 16 + 8
     assert sum(b.real for b in evaluation_batches(source(), 20)) == 32

@@ -17,13 +17,32 @@ from train.runtime import run_main
 from train.store import TokenStore
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_SHAPE = ["model.preset=none", "model.n_layer=2", "model.n_head=2", "model.n_kv_head=1", "model.n_embd=32", "model.intermediate_size=64"]
-FAST = ["train.precision=fp32", "train.batch_size=2", "train.threads=1", "train.eval_every=0", "train.eval_tokens=200",
-        "data.max_length=32", "train.checkpoint_minutes=0"]
+TINY_SHAPE = [
+    "model.preset=none",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_kv_head=1",
+    "model.n_embd=32",
+    "model.intermediate_size=64",
+]
+FAST = [
+    "train.precision=fp32",
+    "train.batch_size=2",
+    "train.threads=1",
+    "train.eval_every=0",
+    "train.eval_tokens=200",
+    "data.max_length=32",
+    "train.checkpoint_minutes=0",
+]
 
 
-def write_store(folder: Path, documents: Sequence[Sequence[int]], masks: Sequence[Sequence[int]] | None = None,
-                sources: Sequence[int] | None = None, weights: Sequence[float] | None = None) -> TokenStore:
+def write_store(
+    folder: Path,
+    documents: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]] | None = None,
+    sources: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> TokenStore:
     """A store of exactly these training documents, as files; `sources` says how many documents each source holds."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows, marks in (("train", documents, masks), ("val", [], [])):
@@ -33,8 +52,15 @@ def write_store(folder: Path, documents: Sequence[Sequence[int]], masks: Sequenc
             np.asarray([m for row in marks or [] for m in row], dtype=np.uint8).tofile(folder / f"{split}.mask.bin")
     counts = list(sources or [len(documents)])
     stops = np.cumsum(counts).tolist()
-    meta = {"kind": "pretrain" if masks is None else "sft", "dtype": "uint16", "bad": 0, "sources": [
-        {"path": f"source{n}", "train": [stop - count, stop], "val": [0, 0]} for n, (count, stop) in enumerate(zip(counts, stops, strict=True))]}
+    meta = {
+        "kind": "pretrain" if masks is None else "sft",
+        "dtype": "uint16",
+        "bad": 0,
+        "sources": [
+            {"path": f"source{n}", "train": [stop - count, stop], "val": [0, 0]}
+            for n, (count, stop) in enumerate(zip(counts, stops, strict=True))
+        ],
+    }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return TokenStore(folder, {f"source{n}": w for n, w in enumerate(weights or [1.0] * len(counts))})
 
@@ -48,31 +74,59 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def text_rows(count: int) -> list[dict[str, str]]:
-    return [{"text": f"小猫第{i}次在窗边睡觉。The quick brown fox jumps over {i} lazy dogs and {i * 7 % 13} cats."} for i in range(count)]
+    return [
+        {"text": f"小猫第{i}次在窗边睡觉。The quick brown fox jumps over {i} lazy dogs and {i * 7 % 13} cats."}
+        for i in range(count)
+    ]
 
 
 def chat_rows(count: int) -> list[dict[str, Any]]:
-    return [{"messages": [{"role": "user", "content": f"{i} + {i + 1} = ?"}, {"role": "assistant", "content": f"答案是 {2 * i + 1}。"}]}
-            for i in range(count)]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} + {i + 1} = ?"},
+                {"role": "assistant", "content": f"答案是 {2 * i + 1}。"},
+            ]
+        }
+        for i in range(count)
+    ]
 
 
 def stage_environment() -> dict[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+    }
 
 
 def run_python(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run Python with these words from the repository root (or `cwd`) and return the finished process."""
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=stage_environment(), capture_output=True, encoding="utf-8", errors="replace",
-                          timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=stage_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=120,
+        check=False,
+    )
 
 
 def run_stage(module: str, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return run_python("-m", module, *words, cwd=cwd)
 
 
-def call_main(main: Callable[[], int | None], words: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-              ) -> tuple[int, str, str]:
+def call_main(
+    main: Callable[[], int | None],
+    words: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[int, str, str]:
     """A stage's command in this process: (exit status, standard output, standard error)."""
     monkeypatch.setattr(sys, "argv", ["stage", *words])
     with pytest.raises(SystemExit) as ended:

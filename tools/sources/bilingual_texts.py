@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import yaml
 
 from tools.sources.chinese_texts import Archives
-from tools.sources.fetch import member
+from tools.sources.packages import member
 from tools.sources.text import UNSUITABLE, Unit, chinese, choice, draw, exchange, han_share, tidy
 
 MORAL_QUESTIONS = {
@@ -47,20 +47,26 @@ def fables(lang: str) -> Callable[[Archives], Iterator[Unit]]:
     return read
 
 
+# Not a story but somebody's life, with a saying of theirs.
 _LIFE = re.compile(r"\b(is|was|are|were) (an? |the |one of |often |widely |regarded |known |considered |as )+[\w' -]*?(american|canadian|"
                    r"english|british|german|french|indian|greek|roman|singer|actor|actress|president|scientist|physicist|philosopher|"
-                   r"author|naturalist|founding fathers|gurus)\b", re.IGNORECASE)  # not a story but somebody's life, with a saying of theirs
+                   r"author|naturalist|founding fathers|gurus)\b", re.IGNORECASE)
 
 
-_GLUE = frozenset("the this that and his her him was had with from your their them when then which have been for of to as it he you my very".split())
+_GLUE = frozenset("the this that and his her him was had with from your their them when then which have been for of to as it he you my "
+                  "very".split())
 
 
 def _joined_words(stories: list[str]) -> set[str]:
     """Words such as "thedog", made where a line end was lost: in hardly any story, a function word beside a frequent word. True words
     among them cost a few stories, which is cheaper than learning wrong ones."""
     counts = Counter(word for story in set(stories) for word in set(re.findall("[a-z]+", story.lower())))
-    return {word for word, count in counts.items() if count <= 3 and any(
-        counts[word[:cut]] >= 5 and counts[word[cut:]] >= 5 and (word[:cut] in _GLUE or word[cut:] in _GLUE) for cut in range(2, len(word) - 1))}
+    joined = set()
+    for word, count in counts.items():
+        pairs = ((word[:cut], word[cut:]) for cut in range(2, len(word) - 1))
+        if count <= 3 and any(counts[a] >= 5 and counts[b] >= 5 and (a in _GLUE or b in _GLUE) for a, b in pairs):
+            joined.add(word)
+    return joined
 
 
 def _english(text: str) -> str:

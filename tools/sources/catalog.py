@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tools.sources import bilingual_texts, chinese_texts, english_texts
 from tools.sources.chinese_texts import Archives
-from tools.sources.fetch import Package
+from tools.sources.packages import Package
 from tools.sources.text import Unit
 
 PACKAGES = {package.name: package for package in (

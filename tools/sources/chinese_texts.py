@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.sources.fetch import member, members
+from tools.sources.packages import member, members
 from tools.sources.text import LINK, TRADITIONAL, UNSUITABLE, Unit, chinese, choice, draw, exchange, han_share, letters, tidy
 
 Archives = dict[str, Path]
@@ -70,7 +70,8 @@ def words(archives: Archives) -> Iterator[Unit]:
         for start in range(0, len(page), LINES_PER_PAGE):
             lines = page[start:start + LINES_PER_PAGE]
             rows = tuple(exchange(choice(MEANING_QUESTIONS, word).format(word), f"“{word}”的意思是：{meaning}")
-                         for word, meaning, several in lines if not several and 6 <= len(meaning) <= 40 and not UNSUITABLE.search(word + meaning))
+                         for word, meaning, several in lines
+                         if not several and 6 <= len(meaning) <= 40 and not UNSUITABLE.search(word + meaning))
             yield Unit("\n".join(f"{word}：{meaning}" for word, meaning, _ in lines), "zh", rows[:2])
 
 
@@ -96,7 +97,7 @@ def _sentence(text: str) -> str:
 
 def characters(archives: Archives) -> Iterator[Unit]:
     """Characters in common use with their readings and senses."""
-    common = {character for word in itertools.islice(_jionlp(archives, "idf"), COMMON_RANK) for character in word[0]}
+    common = {character for word in _jionlp(archives, "idf")[:COMMON_RANK // 4] for character in word[0]}
     for row in _jionlp(archives, "chinese_char_dictionary"):
         if len(row) >= 8 and row[0] in common and not TRADITIONAL.search(row[0]):
             text = re.sub(r"(?<!\d)(\d{1,2})\.", r" \1. ", chinese(row[7].replace("~", row[0]).replace("“”", "")))
@@ -193,5 +194,5 @@ def poems(archives: Archives) -> Iterator[Unit]:
             heading = " ".join(filter(None, (poem.get("title") or poem.get("rhythmic") or poem.get("chapter"), poem.get("author"))))
             text = "\n".join([tidy(heading), *map(chinese, lines)])
             text = convert(text) if convert else text
-            if letters(text) >= 20 and not re.search(r"[□{}○？]|\w/\w", text) and not TRADITIONAL.search(text):
+            if letters(text) >= 20 and not re.search(r"[□{}○？\[\]]|\w/\w", text) and not TRADITIONAL.search(text):
                 yield Unit(text, "zh", priority=int(draw("poem", heading) * 2))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from tools.sources.chinese_texts import LINES_PER_PAGE, Archives
-from tools.sources.fetch import member, members
+from tools.sources.packages import member, members
 from tools.sources.text import LINK, UNSUITABLE, Unit, choice, exchange, tidy
 
 TOPIC_QUESTIONS = ("What do you know about {}?", "Tell me about {}.", "Can you tell me something about {}?", "Please explain: {}.")
