@@ -46,14 +46,16 @@ def catalogue(tmp_path, monkeypatch) -> list[Source]:
 
     def zh(archives) -> Iterator[Unit]:
         for number in range(400):
-            yield Unit(f"第{number}个故事里，小猫在河边遇见了第{number * 7}只小鸟。", "zh", (exchange(f"第{number}个故事讲了什么？", "小猫和小鸟。"),))
+            asked = exchange(f"第{number}个故事讲了什么？", "小猫和小鸟。")
+            yield Unit(f"第{number}个故事里，小猫在河边遇见了第{number * 7}只小鸟。", "zh", (asked,))
         yield Unit("第3个故事里，小猫在河边遇见了第21只小鸟", "zh")  # repeated but for the full stop
         yield Unit("後來他們說這個東西不會開門。", "zh")
         yield Unit("短", "zh")
 
     def en(archives) -> Iterator[Unit]:
         assert member(archives["beta"], "data.txt") == b"beta"
-        yield from (Unit(f"Story number {number}: the cat met bird {number * 7} at the river.", "en", priority=number % 2) for number in range(400))
+        for number in range(400):
+            yield Unit(f"Story number {number}: the cat met bird {number * 7} at the river.", "en", priority=number % 2)
 
     def talk(archives) -> Iterator[Unit]:
         yield Unit("", "en", (exchange("A question of our own?", "Yes."), exchange(probes()[0].messages[0]["content"], "It leaks.")))
@@ -311,3 +313,12 @@ def test_shipped_samples_are_what_the_command_writes(tmp_path):
     pairs = [recognise(row.value) for row in read_rows(shipped / "rlhf/preference_sample.jsonl")]
     assert len(pairs) >= 20 and all(isinstance(pair, Preference) and pair.chosen != pair.rejected for pair in pairs)
     assert sum(file.stat().st_size for file in shipped.glob("*/*sample*.jsonl")) < 400_000
+
+
+def test_every_example_in_the_format_guides_is_read():
+    """Guards the guides: a reader copies these rows."""
+    from train.formats import recognise
+    guides = [guide.read_text(encoding="utf-8") for guide in (Path(__file__).parents[2] / "training_data").glob("*/README.md")]
+    blocks = [block.split("```")[0] for guide in guides for block in guide.split("```json\n")[1:]]
+    examples = [line for block in blocks for line in block.strip().splitlines()]
+    assert len(examples) >= 15 and all(recognise(json.loads(line)) for line in examples)

@@ -138,14 +138,15 @@ def news(archives: Archives) -> Iterator[Unit]:
     paragraphs = 0
     for raw in itertools.chain(tagged.split("\n"), ["结束"]):
         line = chinese("".join(token.rsplit("/", 1)[0].lstrip("[") for token in raw.split()))
+        line = re.sub("（附图片?.{0,4}）", "", line)
         if not line or re.fullmatch(r"[（(].{0,40}[）)]", line):
             continue
-        body = line[-1] in "。！？”：；…" and len(line) > 20
+        body = line[-1] in "。！？”：；…）" and len(line) > 20
         if not body and paragraphs:
             if paragraphs >= 2 and not re.match("[（(一二三四五六七八九十0-9]", article[0]):  # a list without its beginning
                 yield Unit("\n".join(article), "zh")
             article, paragraphs = [], 0
-        if not body and (_BYLINE.match(line) or len(line) <= 4):  # or the author's name
+        if not body and (_BYLINE.match(line) or len(line) <= 5):  # or the author's name
             continue
         if not body and len(article) >= 2:  # a subtitle of the page, not of this article
             article = []
