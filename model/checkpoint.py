@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from model.transformer import SmartHaoAI
 
 WEIGHTS_FILE, CONFIG_FILE, GENERATION_FILE = "model.safetensors", "config.json", "generation_config.json"
+RESULTS_FOLDER = "weight"  # local by convention: a name in it is never looked up online
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "haoai": "SmartHaoAI"}
 
 # our field -> its name in a transformers config
@@ -76,6 +77,9 @@ def find_model(path: str | Path) -> Path:
         return folder
     if folder.exists() or Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
         raise FileNotFoundError(f"{folder} is not a model directory: it has no {CONFIG_FILE}")
+    if folder.parts[0] == RESULTS_FOLDER:
+        stage = folder.name if folder.name in ("pretrain", "sft") else "pretrain"
+        raise FileNotFoundError(f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another with model_dir=...")
     if folder.parent.is_dir():
         raise FileNotFoundError(f"there is no model at {folder} (its folder {folder.parent} exists, this name does not)")
     try:
@@ -124,6 +128,8 @@ def config_to_disk(config: HaoAIConfig, tokenizer: BPETokenizer | None = None) -
         )
     if config.use_sliding_window or kind == "haoai":
         data.update(window_pattern=config.window_pattern, window_size=config.window_size)
+    if config.eos_token_id is not None:
+        data["eos_token_id"] = config.eos_token_id
     if kind == "haoai":
         data.update(qk_norm=config.qk_norm, use_sliding_window=config.use_sliding_window)
     if tokenizer is not None:
@@ -159,6 +165,7 @@ def config_from_disk(data: dict[str, Any], file: Path) -> HaoAIConfig:
     scaling = {k: v for k, v in {**old, **rope}.items() if v is not None and k != "partial_rotary_factor"}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         fields["rope_scaling"] = scaling
+    fields["eos_token_id"] = data.get("eos_token_id")
     fields["qk_norm"] = data.get("qk_norm", False) if kind == "haoai" else kind == "qwen3"
     try:
         if kind != "llama":  # transformers has no windows there, whatever the file says

@@ -54,6 +54,8 @@ class HaoAIConfig:
     """Dropout on attention weights, in training."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; projections into the residual stream get it over sqrt(2 * n_layer)."""
+    eos_token_id: int | list[int] | None = None
+    """Token (or tokens) at which generation ends unless it is told otherwise; a tokenizer saved with the model sets it."""
     use_cache: bool = True
     """Generation keeps keys and values of earlier tokens."""
     use_sliding_window: bool = False

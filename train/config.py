@@ -212,6 +212,12 @@ class SFTConfig(StageConfig):
 
 
 Settings = TypeVar("Settings", bound=StageConfig)
+SYNONYMS = {  # names of other programs
+    "learning_rate": "train.lr", "gradient_clip": "train.clip", "max_grad_norm": "train.clip", "block_size": "data.max_length",
+    "max_seq_len": "data.max_length", "max_seq_length": "data.max_length", "gradient_accumulation_steps": "train.accumulation_steps",
+    "num_train_epochs": "train.epochs", "mixed_precision": "train.precision", "dtype": "train.precision", "output_dir": "out_dir",
+    "hidden_size": "model.n_embd", "num_hidden_layers": "model.n_layer", "num_attention_heads": "model.n_head",
+}
 FLAGS = ("resume", "overwrite", "dry_run")
 
 
@@ -427,6 +433,9 @@ def _field_names(settings: Any) -> list[str]:
 
 
 def _unknown(name: str, known: list[str]) -> UsageError:
+    meant = SYNONYMS.get(name.split(".")[-1].lower())
+    if meant:
+        return UsageError(f"unknown setting {name!r}; did you mean {meant}?")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
     return UsageError(f"unknown setting {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else "see --help"))
 

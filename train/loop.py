@@ -25,7 +25,7 @@ from train.config import StageConfig, to_yaml
 from train.data import Batch, BatchSource
 from train.losses import Term
 from train.metrics import MetricsLog, plot_loss
-from train.optim import build_optimizers, lr_factor
+from train.optim import Muon, build_optimizers, lr_factor
 from train.runtime import Precision, StopRequest, choose_precision, device_name, format_minutes, peak_memory_mb, seed_everything, set_threads
 
 LossFunction = Callable[[torch.nn.Module, Batch], list[Term]]
@@ -110,6 +110,9 @@ class _Fit:
             self.precision = Precision(self.state.precision, self.device, self.state.precision_reason)
         else:
             self._plan()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.compute_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
         self.scaler = self.precision.scaler()
         if checkpoint is not None:
             self.scaler.load_state_dict(saved["scaler"])

@@ -22,8 +22,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest semi-orthogonal matrix by Newton-Schulz steps (Jordan et al., 2024).
 
     Parameters are matrices. A group's `split` gives the row counts of matrices that are fused into one; each is
-    orthogonalised on its own.
+    orthogonalised on its own. `compute_dtype` is the type of its products: bf16 is enough where it is fast.
     """
+
+    compute_dtype = torch.float32
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": None})
@@ -31,6 +33,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -41,24 +44,31 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                pieces = update.split(group["split"] or update.shape[0])
-                target = parameter.split(group["split"] or update.shape[0])
-                for piece, rows in zip(pieces, target, strict=True):
-                    # 0.2 * sqrt(longer side) gives the update the root mean square of a typical AdamW update.
-                    rows.add_(orthogonalise(piece).to(rows.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(piece.shape)))
+                rows = group["split"] or update.shape[0]
+                for piece, target in zip(update.split(rows), parameter.split(rows), strict=True):
+                    if piece.shape[0] > piece.shape[1]:
+                        piece, target = piece.T, target.T
+                    by_shape.setdefault((piece.shape[0], piece.shape[1]), []).append((piece, target, group["lr"]))
+        for shape, items in by_shape.items():
+            # Matrices of one shape, over all layers, are orthogonalised together: a few large products instead of many small ones.
+            results = orthogonalise(torch.stack([piece for piece, _, _ in items]), self.compute_dtype)
+            for result, (_, target, lr) in zip(results, items, strict=True):
+                # 0.2 * sqrt(longer side) gives the update the root mean square of a typical AdamW update.
+                target.add_(result.to(target.dtype), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Approximate U V^T of matrix = U S V^T by five Newton-Schulz steps of degree 5, shape (R, C)."""
-    x = matrix.float()
-    transposed = x.shape[0] > x.shape[1]
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Approximate U V^T of each matrix = U S V^T by five Newton-Schulz steps of degree 5. matrices (..., R, C), products in `dtype`."""
+    shape = matrices.shape
+    x = matrices.reshape(-1, *shape[-2:])
+    transposed = shape[-2] > shape[-1]
     if transposed:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+        x = x.transpose(1, 2)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if transposed else x
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.transpose(1, 2) if transposed else x).reshape(shape)
 
 
 def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, device: str) -> list[torch.optim.Optimizer]:

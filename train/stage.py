@@ -75,7 +75,7 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
             if name in settings.model and getattr(config, name) != value:
                 raise UsageError(f"model.{name}={value!r} does not fit the checkpoint {folder}, which has {getattr(config, name)!r}")
     else:
-        shape = {**settings.model_shape(), "vocab_size": tokenizer.vocab_size}
+        shape = {"eos_token_id": tokenizer.eos_token_id, **settings.model_shape(), "vocab_size": tokenizer.vocab_size}
         shape["max_position_embeddings"] = max(shape.get("max_position_embeddings", 0), settings.data.max_length)
         try:
             config = HaoAIConfig(**shape)
@@ -116,6 +116,9 @@ def print_plan(settings: StageConfig, config: HaoAIConfig, source: BatchSource, 
         f"{train.schedule}")
     need, there = account.training_bytes(train.batch_size, data.max_length), total_memory() if device == "cpu" else None
     log(f"  memory     about {need / 2**20:,.0f} MiB for the step" + (f" of {there / 2**20:,.0f} MiB" if there else ""))
+    if account.head_parameters > account.body_parameters:
+        log(f"  note       the embedding of {config.vocab_size:,} tokens is larger than all layers together: a smaller vocabulary "
+            f"(tokenizer.vocab_size) would leave more for the layers")
     if there and need > there:
         log("  warning    this does not fit: lower train.batch_size (and raise train.accumulation_steps), or data.max_length")
 
