@@ -45,8 +45,10 @@ def interface_language(environment: Any = os.environ) -> str:
 def newest_stage(weights: Path = WEIGHTS) -> Path | None:
     """The finished model directory to talk to: the newest stage after pretraining, else the newest pretraining."""
     found = [
-        file.parent for file in weights.glob("*/model.safetensors")
-        if (file.parent / "config.json").is_file() and not file.parent.name.startswith((".", "reward"))
+        file.parent
+        for file in weights.glob("*/model.safetensors")
+        if (file.parent / "config.json").is_file()
+        and not file.parent.name.startswith((".", "reward"))
         and not file.parent.name.endswith((".tmp", ".old"))
     ]
 
@@ -311,8 +313,10 @@ def make_reader(interactive: bool) -> Callable[[str], str]:
 
     file = history_file()
     prompt: Any = PromptSession(
-        history=FileHistory(str(file)) if file else InMemoryHistory(), key_bindings=bindings,
-        completer=WordCompleter(list(COMMANDS), sentence=True), complete_while_typing=False,
+        history=FileHistory(str(file)) if file else InMemoryHistory(),
+        key_bindings=bindings,
+        completer=WordCompleter(list(COMMANDS), sentence=True),
+        complete_while_typing=False,
     )
     return prompt.prompt
 
@@ -374,8 +378,11 @@ def main() -> int:
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     session = ChatSession.from_pretrained(
-        arguments.model or path, device=arguments.device, system=arguments.system,
-        enable_thinking=THINKING[arguments.thinking], **given,
+        arguments.model or path,
+        device=arguments.device,
+        system=arguments.system,
+        enable_thinking=THINKING[arguments.thinking],
+        **given,
     )
     if not arguments.model:
         console.notice("found", path=path.as_posix())

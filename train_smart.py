@@ -37,7 +37,6 @@ from train.config import (
     to_dict,
 )
 from train.runtime import Precision, choose_precision, describe_machine, device_name, format_minutes, run_main, set_threads, timed
-from train.stage import INTERRUPTED
 from train.train_pretrain import pretrain
 from train.train_sft import sft
 from train.train_tokenizer import train_tokenizer
@@ -45,8 +44,18 @@ from train.train_tokenizer import train_tokenizer
 PRETRAIN_SHARE, SFT_SHARE = 0.52, 0.30  # of the minutes; the rest is data, tokenizer and evaluation
 VALIDATION_KB = 100
 REAL_WEIGHT = 0.5  # passes over the real texts per pass over the generated ones
-SAMPLE_QUESTIONS = ("你好！", "你叫什么名字？", "天空是什么颜色？", "12 + 7 = ?", "给我讲一个小兔子的故事。",
-                    "Hello!", "Who are you?", "What does a cow eat?", "How much is 25 + 13?", "Tell me a story about a little cat.")
+SAMPLE_QUESTIONS = (
+    "你好！",
+    "你叫什么名字？",
+    "天空是什么颜色？",
+    "12 + 7 = ?",
+    "给我讲一个小兔子的故事。",
+    "Hello!",
+    "Who are you?",
+    "What does a cow eat?",
+    "How much is 25 + 13?",
+    "Tell me a story about a little cat.",
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,12 @@ def main(argv: list[str] | None = None) -> int:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=18.0, help="time budget of the whole run (default 18)")
-    parser.add_argument("--recipe", choices=("quick", "sample", "core"), default="quick",
-                        help="quick: small real corpora plus generated data; sample: generated only, no network; core: a larger real corpus")
+    parser.add_argument(
+        "--recipe",
+        choices=("quick", "sample", "core"),
+        default="quick",
+        help="quick: small real corpora plus generated data; sample: generated only, no network; core: a larger real corpus",
+    )
     parser.add_argument("--out", default="weight", help="folder of the results (default weight)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -169,17 +182,34 @@ def _stages(args: argparse.Namespace, shape: Shape, out: Path, device: str, prec
     """The settings of the three stages. They depend on the arguments alone, so that a second run finds them unchanged."""
     tokenizer = TokenizerConfig(vocab_size=shape.vocab_size, sample_mb=16)
     data: dict[str, Any] = {"max_length": shape.max_length, "store_dir": str(out / "token_store")}
-    common: dict[str, Any] = {"batch_size": shape.batch_size, "optimizer": "muon", "min_lr_ratio": 0.03, "device": device,
-                              "precision": precision, "threads": args.threads, "seed": args.seed}
+    common: dict[str, Any] = {
+        "batch_size": shape.batch_size,
+        "optimizer": "muon",
+        "min_lr_ratio": 0.03,
+        "device": device,
+        "precision": precision,
+        "threads": args.threads,
+        "seed": args.seed,
+    }
     return {
         "tokenizer": TokenizerStageConfig(out_dir=str(out / "tokenizer"), tokenizer=tokenizer, data=DataConfig(**data)),
         "pretrain": PretrainConfig(
-            out_dir=str(out / "pretrain"), tokenizer_dir=str(out / "tokenizer"), tokenizer=tokenizer, resume=True, model=dict(shape.model),
+            out_dir=str(out / "pretrain"),
+            tokenizer_dir=str(out / "tokenizer"),
+            tokenizer=tokenizer,
+            resume=True,
+            model=dict(shape.model),
             data=DataConfig(**data, short_length=shape.max_length // 2, short_share=0.5),
-            train=OptimizationConfig(**common, schedule="wsd", lr=6e-3, max_minutes=args.minutes * PRETRAIN_SHARE)),
+            train=OptimizationConfig(**common, schedule="wsd", lr=6e-3, max_minutes=args.minutes * PRETRAIN_SHARE),
+        ),
         "sft": SFTConfig(
-            out_dir=str(out / "sft"), model_dir=str(out / "pretrain"), tokenizer=tokenizer, resume=True, data=DataConfig(**data),
-            train=OptimizationConfig(**common, schedule="linear", lr=3e-3, max_minutes=args.minutes * SFT_SHARE)),
+            out_dir=str(out / "sft"),
+            model_dir=str(out / "pretrain"),
+            tokenizer=tokenizer,
+            resume=True,
+            data=DataConfig(**data),
+            train=OptimizationConfig(**common, schedule="linear", lr=3e-3, max_minutes=args.minutes * SFT_SHARE),
+        ),
     }
 
 
@@ -223,7 +253,8 @@ def set_sources(stages: dict[str, StageConfig], data: Path) -> None:
     become tokens, and a name would be another token in every phrase, which makes copying it hard.
     """
     pretrain_real, sft_real = (
-        [str(f) for f in sorted((data / kind).glob("*.jsonl")) if f.stem != "curriculum"] for kind in ("pretrain", "sft"))
+        [str(f) for f in sorted((data / kind).glob("*.jsonl")) if f.stem != "curriculum"] for kind in ("pretrain", "sft")
+    )
     curriculum = {kind: str(data / kind / "curriculum.jsonl") for kind in ("pretrain", "sft")}
     for stage in stages.values():
         stage.data.pretrain_file = [{"path": f, "weight": REAL_WEIGHT} for f in pretrain_real] + [curriculum["pretrain"]]
@@ -259,8 +290,16 @@ def evaluate(out: Path, data: Path, args: argparse.Namespace) -> str:
     lines = ["held-out text, bits per byte"]
     for name in dict.fromkeys(file for _, file, _ in rows):
         lines.append(f"  {name:<16}" + "  ".join(f"{stage} {bpb:.3f}" for stage, file, bpb in rows if file == name))
-    lines += ["", probe_table(result), "", f"all in all  {overall['passed']} of {overall['total']} held-out prompts passed", "",
-              *_honest_words(result), "", "sample answers"]
+    lines += [
+        "",
+        probe_table(result),
+        "",
+        f"all in all  {overall['passed']} of {overall['total']} held-out prompts passed",
+        "",
+        *_honest_words(result),
+        "",
+        "sample answers",
+    ]
     lines += [f"  > {question}\n    {answer}" for question, answer in sample_answers(out / "sft", args)]
     text = "\n".join(lines)
     atomic_write_text(out / "report.md", f"# train_smart: {args.recipe}, {args.minutes:g} minutes\n\n```text\n{text}\n```\n")
@@ -272,7 +311,10 @@ def _honest_words(result: dict[str, Any]) -> list[str]:
     """What the numbers say in plain words."""
     good = [name for name, cell in result["cells"].items() if cell["rate"] >= 0.8]
     weak = [name for name, cell in result["cells"].items() if cell["rate"] < 0.5]
+    between = [name for name in result["cells"] if name not in good + weak]
     words = ["It can: " + (", ".join(good) or "nothing of this reliably") + " (4 of 5 held-out prompts or more)."]
+    if between:
+        words.append("It can sometimes: " + ", ".join(between) + ".")
     if weak:
         words.append("It cannot yet: " + ", ".join(weak) + " (under half).")
     words.append("It knows only what it was taught; outside that small world it makes things up. A longer --minutes helps.")

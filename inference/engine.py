@@ -76,7 +76,12 @@ class _Decoding:
     """Rows that are being decoded together: the logits of the next token, the cache and the history."""
 
     def __init__(
-        self, engine: Engine, logits: Tensor, cache: KVCache, history: TokenHistory, settings: SamplingSettings,
+        self,
+        engine: Engine,
+        logits: Tensor,
+        cache: KVCache,
+        history: TokenHistory,
+        settings: SamplingSettings,
         generators: list[torch.Generator] | None,
     ) -> None:
         self.engine, self.logits, self.cache, self.history = engine, logits, cache, history
@@ -172,9 +177,7 @@ class Engine:
                 result.text, result.reasoning = text.text, text.reasoning
         return [results[start : start + settings.n] for start in range(0, len(results), settings.n)]
 
-    def stream(
-        self, ids: Sequence[int], settings: SamplingSettings, cache: PromptCache | None = None
-    ) -> Iterator[Piece]:
+    def stream(self, ids: Sequence[int], settings: SamplingSettings, cache: PromptCache | None = None) -> Iterator[Piece]:
         """The reply to one prompt as it comes, one piece or more per token; the last piece carries finish_reason.
 
         With a PromptCache, the part of the prompt that it already holds is not computed again. Closing the iterator at
@@ -188,9 +191,7 @@ class Engine:
         # A generator function would report the mistakes above only when it is first read.
         return self._stream(prompt, settings, limit, PromptCache() if cache is None else cache)
 
-    def _stream(
-        self, prompt: list[int], settings: SamplingSettings, limit: int, held: PromptCache
-    ) -> Iterator[Piece]:
+    def _stream(self, prompt: list[int], settings: SamplingSettings, limit: int, held: PromptCache) -> Iterator[Piece]:
         text = self._reply_texts([prompt], settings)[0]
         channel: Channel = "reasoning" if text is not None and text.in_reasoning else "answer"
         if limit == 0:
@@ -236,7 +237,11 @@ class Engine:
         return logits
 
     def _decode_batch(
-        self, prompts: list[list[int]], settings: SamplingSettings, limits: list[int], results: list[Completion],
+        self,
+        prompts: list[list[int]],
+        settings: SamplingSettings,
+        limits: list[int],
+        results: list[Completion],
         texts: list[ReplyText | None],
     ) -> None:
         ids, mask = pad_left(prompts, 0, self.device)
@@ -288,10 +293,7 @@ class Engine:
     def _reply_texts(self, prompts: list[list[int]], settings: SamplingSettings) -> list[ReplyText | None]:
         if self.tokenizer is None:
             return [None] * len(prompts)
-        return [
-            ReplyText(self.tokenizer, settings.stop, reasoning=starts_in_reasoning(self.tokenizer, prompt))
-            for prompt in prompts
-        ]
+        return [ReplyText(self.tokenizer, settings.stop, reasoning=starts_in_reasoning(self.tokenizer, prompt)) for prompt in prompts]
 
     def _room(self, prompt: list[int], settings: SamplingSettings) -> int:
         """How many tokens may follow this prompt."""
@@ -328,9 +330,7 @@ class Engine:
                 self.model.train()
 
 
-def _finish_reason(
-    token: int, eos_ids: tuple[int, ...], text: ReplyText | None, count: int, limit: int
-) -> str | None:
+def _finish_reason(token: int, eos_ids: tuple[int, ...], text: ReplyText | None, count: int, limit: int) -> str | None:
     if token in eos_ids or (text is not None and text.stopped):
         return "stop"
     return "length" if count >= limit else None
@@ -389,8 +389,15 @@ def generate_ids(
     if eos_token_id is None:
         eos_token_id = getattr(model.config, "eos_token_id", None)
     settings = SamplingSettings(
-        max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size, seed=seed,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        seed=seed,
         eos_token_id=[] if eos_token_id is None else eos_token_id,
     )
     if pad_token_id is None:
@@ -408,10 +415,7 @@ def _unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[lis
     if attention_mask is None:
         return input_ids.tolist()
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
-            "they must agree"
-        )
+        raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: they must agree")
     mask = attention_mask.bool()
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise ValueError("generation needs left padding: attention_mask has a 0 to the right of a 1; pad on the left")

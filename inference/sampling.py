@@ -81,9 +81,7 @@ class SamplingSettings:
         for token in self.eos_ids:
             _check_integer("eos_token_id", token, 0)
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens ({self.min_new_tokens}) must not be larger than max_new_tokens ({self.max_new_tokens})"
-            )
+            raise ValueError(f"min_new_tokens ({self.min_new_tokens}) must not be larger than max_new_tokens ({self.max_new_tokens})")
 
     @property
     def greedy(self) -> bool:
@@ -219,9 +217,7 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     return logits.masked_fill(drop, NEVER)
 
 
-def process_logits(
-    logits: Tensor, history: TokenHistory, settings: SamplingSettings, eos_ids: Sequence[int] | None = None
-) -> Tensor:
+def process_logits(logits: Tensor, history: TokenHistory, settings: SamplingSettings, eos_ids: Sequence[int] | None = None) -> Tensor:
     """Apply all settings to the logits (B, V) of the next token; returns a new (B, V) tensor in fp32 or wider.
 
     eos_ids: the tokens held back by min_new_tokens (default: those of the settings).
@@ -231,14 +227,10 @@ def process_logits(
     if settings.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, history.seen, settings.repetition_penalty)
     if settings.presence_penalty or settings.frequency_penalty:
-        logits = penalize_presence_frequency(
-            logits, history.counts, settings.presence_penalty, settings.frequency_penalty
-        )
+        logits = penalize_presence_frequency(logits, history.counts, settings.presence_penalty, settings.frequency_penalty)
     if settings.no_repeat_ngram_size:
         length = history.length
-        logits = ban_repeated_ngrams(
-            logits, history.ids[:, :length], settings.no_repeat_ngram_size, history.real[:, :length]
-        )
+        logits = ban_repeated_ngrams(logits, history.ids[:, :length], settings.no_repeat_ngram_size, history.real[:, :length])
     if history.new_tokens < settings.min_new_tokens:
         logits = forbid(logits, settings.eos_ids if eos_ids is None else eos_ids)
     if logits is not plain and (settings.no_repeat_ngram_size or settings.min_new_tokens):
@@ -268,10 +260,7 @@ def choose(logits: Tensor, greedy: bool, generators: Sequence[torch.Generator] |
     probabilities = logits.softmax(dim=-1)
     if generators is None:
         return torch.multinomial(probabilities, 1).squeeze(1)
-    draws = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(probabilities.split(1), generators, strict=True)
-    ]
+    draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities.split(1), generators, strict=True)]
     return torch.cat(draws).squeeze(1)
 
 

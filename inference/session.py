@@ -1,8 +1,8 @@
 """ChatSession: a conversation with a trained model.
 
-    chat = ChatSession.from_pretrained("weight/sft", temperature=0.7)
-    print(chat.chat("你好"))
-    for piece in chat.stream("讲个故事"): print(piece, end="")
+chat = ChatSession.from_pretrained("weight/sft", temperature=0.7)
+print(chat.chat("你好"))
+for piece in chat.stream("讲个故事"): print(piece, end="")
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ class ChatSession:
     """
 
     def __init__(
-        self, model: SmartHaoAI, tokenizer: BPETokenizer, system: str = "", enable_thinking: bool | None = None,
+        self,
+        model: SmartHaoAI,
+        tokenizer: BPETokenizer,
+        system: str = "",
+        enable_thinking: bool | None = None,
         settings: SamplingSettings | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -75,8 +79,13 @@ class ChatSession:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32,
-        system: str = "", enable_thinking: bool | None = None, **settings: Any,
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        system: str = "",
+        enable_thinking: bool | None = None,
+        **settings: Any,
     ) -> ChatSession:
         """Load a finished stage. settings are fields of SamplingSettings; those not given come from
         generation_config.json, then from the defaults. device None takes the GPU when there is one."""
@@ -178,9 +187,7 @@ class ChatSession:
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self.tokenizer.render(
-            system + messages, add_generation_prompt=True, enable_thinking=self.enable_thinking
-        )
+        rendered = self.tokenizer.render(system + messages, add_generation_prompt=True, enable_thinking=self.enable_thinking)
         opened = self.tokenizer.encode(THINK_OPEN + "\n", parse_special=True) if self.enable_thinking else []
         return [*rendered.ids, *opened]
 

@@ -96,8 +96,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_mask(
-    query_positions: Tensor, key_positions: Tensor, window: int | None, key_valid: Tensor | None, query_segments: Tensor | None,
-    key_segments: Tensor | None, dtype: torch.dtype,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    window: int | None,
+    key_valid: Tensor | None,
+    query_segments: Tensor | None,
+    key_segments: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Additive mask (B or 1, 1, T, S), 0 where a query may look and -inf elsewhere: causal, in the window, real, same document.
 

@@ -52,8 +52,15 @@ class KVCache:
     accepted: the model splits them). A left-padded batch passes its attention mask with the first call; the cache remembers it.
     """
 
-    def __init__(self, config: HaoAIConfig, batch_size: int, capacity: int, device: torch.device | str | None = None,
-                 dtype: torch.dtype = torch.float32, block: int = PREFILL_BLOCK) -> None:
+    def __init__(
+        self,
+        config: HaoAIConfig,
+        batch_size: int,
+        capacity: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        block: int = PREFILL_BLOCK,
+    ) -> None:
         if capacity < 1 or batch_size < 1:
             raise ValueError(f"a KVCache needs batch_size >= 1 and capacity >= 1, not {batch_size} and {capacity}")
         self.capacity = capacity

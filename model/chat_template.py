@@ -87,8 +87,11 @@ STORED_TEMPLATE = TEMPLATE_SOURCE.replace(_BEGIN, "").replace(_END, "")
 
 
 def render_spans(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False,
-    enable_thinking: bool | None = None, template: str = TEMPLATE_SOURCE,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
+    template: str = TEMPLATE_SOURCE,
 ) -> list[tuple[str, bool]]:
     """The conversation as pieces of text, each with whether the assistant says it. Raises ValueError for unusable messages."""
     if not messages:
@@ -117,8 +120,9 @@ def _compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
-             sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
     import json
 
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -29,10 +29,19 @@ ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "haoa
 
 # our field -> its name in a transformers config
 FIELD_NAMES = {
-    "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size", "head_dim": "head_dim", "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps", "tie_word_embeddings": "tie_word_embeddings",
-    "attention_dropout": "attention_dropout", "initializer_range": "initializer_range", "use_cache": "use_cache",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "attention_dropout": "attention_dropout",
+    "initializer_range": "initializer_range",
+    "use_cache": "use_cache",
     "dropout": "residual_dropout",
 }
 
@@ -43,8 +52,14 @@ def save_pretrained(model: SmartHaoAI, path: str | Path, tokenizer: BPETokenizer
     path.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-        generation = {"eos_token_id": [tokenizer.im_end_id, tokenizer.document_end_id], "pad_token_id": tokenizer.pad_token_id,
-                      "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40}
+        generation = {
+            "eos_token_id": [tokenizer.im_end_id, tokenizer.document_end_id],
+            "pad_token_id": tokenizer.pad_token_id,
+            "do_sample": True,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "top_k": 40,
+        }
         atomic_write_text(path / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
     config = config_to_disk(model.config, tokenizer)
     save_weights(weights_to_disk(model.state_dict(), model.config), path / WEIGHTS_FILE)
@@ -79,7 +94,9 @@ def find_model(path: str | Path) -> Path:
         raise FileNotFoundError(f"{folder} is not a model directory: it has no {CONFIG_FILE}")
     if folder.parts[0] == RESULTS_FOLDER:
         stage = folder.name if folder.name in ("pretrain", "sft") else "pretrain"
-        raise FileNotFoundError(f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another with model_dir=...")
+        raise FileNotFoundError(
+            f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another with model_dir=..."
+        )
     if folder.parent.is_dir():
         raise FileNotFoundError(f"there is no model at {folder} (its folder {folder.parent} exists, this name does not)")
     try:
@@ -90,8 +107,8 @@ def find_model(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the hub client raises many kinds: offline, unknown name, no permission
         raise FileNotFoundError(
-            f"there is no folder {folder}, and the model hub could not give {path!r} ({type(error).__name__}); check the name, "
-            f"or go online") from error
+            f"there is no folder {folder}, and the model hub could not give {path!r} ({type(error).__name__}); check the name, or go online"
+        ) from error
 
 
 def load_config(path: str | Path) -> HaoAIConfig:
@@ -111,8 +128,16 @@ def load_config(path: str | Path) -> HaoAIConfig:
 def config_to_disk(config: HaoAIConfig, tokenizer: BPETokenizer | None = None) -> dict[str, Any]:
     """config.json with the old and the new spellings of every field that was renamed."""
     kind = model_type(config)
-    data: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "hidden_act": "silu", "attention_bias": False,
-                            "mlp_bias": False, "torch_dtype": "float32", "dtype": "float32", "transformers_version": "4.51.0"}
+    data: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": "float32",
+        "dtype": "float32",
+        "transformers_version": "4.51.0",
+    }
     for ours, theirs in FIELD_NAMES.items():
         data[theirs] = getattr(config, ours)
     rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
@@ -203,8 +228,12 @@ def weights_to_disk(state: dict[str, Tensor], config: HaoAIConfig) -> dict[str, 
             parts = dict(zip(("q_proj", "k_proj", "v_proj"), tensor.split(heads), strict=True))
             disk.update({prefix + name.replace("qkv_proj", part): value for part, value in parts.items()})
         elif ".gate_up_proj." in name:
-            disk.update({prefix + name.replace("gate_up_proj", part): value
-                         for part, value in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)})
+            disk.update(
+                {
+                    prefix + name.replace("gate_up_proj", part): value
+                    for part, value in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
+                }
+            )
         else:
             disk[prefix + name] = tensor
     return disk
@@ -258,5 +287,17 @@ def load_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or cut off: {error}") from error
 
 
-__all__ = ["atomic_directory", "config_from_disk", "config_to_disk", "find_model", "load_config", "load_pretrained", "load_weights",
-           "model_type", "save_pretrained", "save_weights", "weights_from_disk", "weights_to_disk"]
+__all__ = [
+    "atomic_directory",
+    "config_from_disk",
+    "config_to_disk",
+    "find_model",
+    "load_config",
+    "load_pretrained",
+    "load_weights",
+    "model_type",
+    "save_pretrained",
+    "save_weights",
+    "weights_from_disk",
+    "weights_to_disk",
+]

@@ -1,9 +1,9 @@
 """HaoAIConfig: the shape of a model, its presets, and what it will cost before anything is allocated.
 
-    HaoAIConfig(vocab_size=16384, n_layer=8, n_head=8, n_kv_head=4, n_embd=512)
-    HaoAIConfig.preset("nano", vocab_size=6400)
-    HaoAIConfig.from_depth(12)                      # one dial: width, heads and feed-forward follow the depth
-    HaoAIConfig.preset("mini").account().table()    # parameters, FLOPs, memory
+HaoAIConfig(vocab_size=16384, n_layer=8, n_head=8, n_kv_head=4, n_embd=512)
+HaoAIConfig.preset("nano", vocab_size=6400)
+HaoAIConfig.from_depth(12)                      # one dial: width, heads and feed-forward follow the depth
+HaoAIConfig.preset("mini").account().table()    # parameters, FLOPs, memory
 """
 
 from __future__ import annotations
@@ -77,8 +77,17 @@ class HaoAIConfig:
         self._check()
 
     def _check(self) -> None:
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
-                     "max_position_embeddings", "window_size"):
+        for name in (
+            "vocab_size",
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "n_embd",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+            "window_size",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
@@ -205,13 +214,22 @@ class Account:
         """A few aligned lines for people."""
         context = context or self.config.max_position_embeddings
         rows = [
-            ("parameters", f"{self.parameters / 1e6:.2f} M ({self.head_parameters / 1e6:.2f} M embedding"
-                           f"{', tied' if self.config.tie_word_embeddings else ', untied'})"),
-            ("shape", f"{self.config.n_layer} layers, width {self.config.n_embd}, {self.config.n_head}/{self.config.kv_heads} heads of "
-                      f"{self.config.head_dim}, feed-forward {self.config.intermediate_size}, vocabulary {self.config.vocab_size}"),
+            (
+                "parameters",
+                f"{self.parameters / 1e6:.2f} M ({self.head_parameters / 1e6:.2f} M embedding"
+                f"{', tied' if self.config.tie_word_embeddings else ', untied'})",
+            ),
+            (
+                "shape",
+                f"{self.config.n_layer} layers, width {self.config.n_embd}, {self.config.n_head}/{self.config.kv_heads} heads of "
+                f"{self.config.head_dim}, feed-forward {self.config.intermediate_size}, vocabulary {self.config.vocab_size}",
+            ),
             ("weights", f"{self.weight_bytes() / 2**20:.1f} MiB fp32, {self.weight_bytes(2) / 2**20:.1f} MiB bf16"),
-            ("work", f"{self.flops_per_token(context) / 1e6:.1f} MFLOP per trained token, "
-                     f"{self.flops_per_token(context, training=False) / 1e6:.1f} per generated token"),
+            (
+                "work",
+                f"{self.flops_per_token(context) / 1e6:.1f} MFLOP per trained token, "
+                f"{self.flops_per_token(context, training=False) / 1e6:.1f} per generated token",
+            ),
             ("KV cache", f"{self.kv_cache_bytes(context) / 2**20:.2f} MiB for one sequence of {context} tokens (fp32)"),
         ]
         return "\n".join(f"  {name:<11}{text}" for name, text in rows)
@@ -220,13 +238,30 @@ class Account:
 # The exact shapes of known small models (vocabulary 6400, rotary base 1e6) stand under their sizes, for comparisons.
 _KNOWN: dict[str, Any] = {"vocab_size": 6400, "rope_theta": 1e6}
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"vocab_size": 4096, "n_layer": 6, "n_head": 4, "n_kv_head": 2, "n_embd": 192, "head_dim": 48, "intermediate_size": 512,
-             "max_position_embeddings": 512},
+    "nano": {
+        "vocab_size": 4096,
+        "n_layer": 6,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 192,
+        "head_dim": 48,
+        "intermediate_size": 512,
+        "max_position_embeddings": 512,
+    },
     "mini": {**_KNOWN, "n_layer": 8, "n_head": 8, "n_kv_head": 2, "n_embd": 512, "intermediate_size": 1408, "qk_norm": False},
     "small": {**_KNOWN, "n_layer": 8, "n_head": 8, "n_kv_head": 4, "n_embd": 768, "intermediate_size": 2432},
     "medium": {**_KNOWN, "n_layer": 16, "n_head": 8, "n_kv_head": 2, "n_embd": 768, "intermediate_size": 2048, "qk_norm": False},
-    "base": {"vocab_size": 32768, "n_layer": 24, "n_head": 16, "n_kv_head": 8, "n_embd": 1024, "head_dim": 128, "intermediate_size": 3072,
-             "rope_theta": 1e6, "max_position_embeddings": 4096},
+    "base": {
+        "vocab_size": 32768,
+        "n_layer": 24,
+        "n_head": 16,
+        "n_kv_head": 8,
+        "n_embd": 1024,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 4096,
+    },
 }
 
 

@@ -57,7 +57,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Few different shapes: CPU kernels keep memory for each one they have met. Rows of weight 0 change no sum.
             if token_weights is None:
                 token_weights = torch.ones(count, device=hidden.device)
-            hidden, targets, token_weights = F.pad(hidden, (0, 0, 0, surplus)), F.pad(targets, (0, surplus)), F.pad(token_weights, (0, surplus))
+            hidden, targets, token_weights = (
+                F.pad(hidden, (0, 0, 0, surplus)),
+                F.pad(targets, (0, surplus)),
+                F.pad(token_weights, (0, surplus)),
+            )
         with torch.autocast(hidden.device.type, enabled=False):
             total = torch.zeros((), device=hidden.device, dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None

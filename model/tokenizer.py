@@ -34,9 +34,7 @@ SMALLEST_VOCABULARY = BYTES + len(SPECIAL_TOKENS)
 LONGEST_TRAINED_WORD = 64
 
 # Qwen2's way to cut text into words before merging: exports to GGUF can say `pre = qwen2`. Every digit stands alone.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,20 @@ class BPETokenizer:
         if vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(
                 f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
-                f"at least {SMALLEST_VOCABULARY}")
+                f"at least {SMALLEST_VOCABULARY}"
+            )
         backend = Tokenizer(BPE(byte_fallback=False))
         backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-            [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         trainer = BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL_TOKENS), special_tokens=[], show_progress=progress,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), max_token_length=LONGEST_TRAINED_WORD)
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            special_tokens=[],
+            show_progress=progress,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            max_token_length=LONGEST_TRAINED_WORD,
+        )
         backend.train_from_iterator(_capped(texts), trainer)
         backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS if t in CONTROL_TOKENS])
         backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in TAG_TOKENS])
@@ -94,7 +98,8 @@ class BPETokenizer:
         file = path if path.is_file() else path / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(
-                f"no tokenizer.json in {path}; train one with `python -m train.train_tokenizer`, or name its folder with tokenizer_dir=...")
+                f"no tokenizer.json in {path}; train one with `python -m train.train_tokenizer`, or name its folder with tokenizer_dir=..."
+            )
         try:
             backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the Rust library raises plain Exception
@@ -180,8 +185,14 @@ class BPETokenizer:
         """Number of text bytes per id; control tokens count as 0."""
         return [0 if i in self._special else len(self.token_bytes(i)) for i in range(self.vocab_size)]
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False,
-               enable_thinking: bool | None = None, learn: set[int] | None = None) -> Rendered:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        enable_thinking: bool | None = None,
+        learn: set[int] | None = None,
+    ) -> Rendered:
         """A conversation as text, ids and assistant-loss mask: the only place where a conversation becomes tokens.
 
         messages: {"role", "content", "reasoning_content"?, "tool_calls"?}. enable_thinking=False closes the thinking before it starts.

@@ -136,8 +136,12 @@ class SmartHaoAI(nn.Module):
         return token_log_probs(rows, self.head_weight, targets.reshape(-1).index_select(0, chosen))
 
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None, cache: KVCache | None = None,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, C) after the final norm; arguments as in `forward`."""
         T = input_ids.shape[1]
@@ -145,8 +149,11 @@ class SmartHaoAI(nn.Module):
             pieces = []
             for start in range(0, T, cache.block):
                 part = slice(start, start + cache.block)
-                pieces.append(self.hidden_states(
-                    input_ids[:, part], attention_mask, None if position_ids is None else position_ids[:, part], None, cache))
+                pieces.append(
+                    self.hidden_states(
+                        input_ids[:, part], attention_mask, None if position_ids is None else position_ids[:, part], None, cache
+                    )
+                )
             return torch.cat(pieces, dim=1)
         if cache is None and T > self.config.max_position_embeddings:
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.max_position_embeddings}")
@@ -160,7 +167,11 @@ class SmartHaoAI(nn.Module):
         return self.norm(x)
 
     def _layout(
-        self, input_ids: Tensor, padding_mask: Tensor | None, position_ids: Tensor | None, segment_ids: Tensor | None,
+        self,
+        input_ids: Tensor,
+        padding_mask: Tensor | None,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Positions (B or 1, T) for the rotation, and one attention mask per layer (shared between like layers)."""

@@ -96,9 +96,7 @@ def test_nothing_unsafe_or_silent(path: Path) -> None:
     wrong = []
     for node in ast.walk(parse(path)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            unsafe = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} & {
-                m.split(".")[0] for m in imported_modules(node)
-            }
+            unsafe = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} & {m.split(".")[0] for m in imported_modules(node)}
             wrong += [f"line {node.lineno}: imports {name}" for name in unsafe]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -109,9 +107,7 @@ def test_nothing_unsafe_or_silent(path: Path) -> None:
                 "warnings.filterwarnings",
                 "warnings.simplefilter",
                 "os.system",
-            ) or any(
-                keyword.arg == "shell" and getattr(keyword.value, "value", False) is True for keyword in node.keywords
-            ):
+            ) or any(keyword.arg == "shell" and getattr(keyword.value, "value", False) is True for keyword in node.keywords):
                 wrong.append(f"line {node.lineno}: calls {called}")
             if called in ("sys.path.insert", "sys.path.append", "sys.path.extend"):
                 wrong.append(f"line {node.lineno}: edits sys.path")
@@ -121,9 +117,7 @@ def test_nothing_unsafe_or_silent(path: Path) -> None:
         elif isinstance(node, ast.ExceptHandler):
             if node.type is None:
                 wrong.append(f"line {node.lineno}: bare except")
-            elif ast.unparse(node.type) in ("Exception", "BaseException") and all(
-                isinstance(s, ast.Pass) for s in node.body
-            ):
+            elif ast.unparse(node.type) in ("Exception", "BaseException") and all(isinstance(s, ast.Pass) for s in node.body):
                 wrong.append(f"line {node.lineno}: swallows every error")
     assert not wrong, f"{name_of(path)}: {'; '.join(wrong)}"
 
@@ -167,9 +161,7 @@ def test_packages_export_what_they_promise(package: str) -> None:
         if isinstance(node, ast.ImportFrom) and node.module != "__future__"
         for alias in node.names
     }
-    assert imported <= set(exported), (
-        f"{package}/__init__.py imports names it does not list: {sorted(imported - set(exported))}"
-    )
+    assert imported <= set(exported), f"{package}/__init__.py imports names it does not list: {sorted(imported - set(exported))}"
 
 
 def test_the_names_users_type() -> None:

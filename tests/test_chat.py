@@ -25,22 +25,34 @@ def folder(tmp_path_factory):
     texts = ["你好，很高兴见到你。", "Hello, how are you today? " * 3]
     tokenizer = BPETokenizer.train(texts, vocab_size=400, progress=False)
     torch.manual_seed(0)
-    shape = HaoAIConfig(vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32, intermediate_size=64,
-                        max_position_embeddings=8192)
+    shape = HaoAIConfig(vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32, intermediate_size=64, max_position_embeddings=8192)
     SmartHaoAI(shape).save_pretrained(place / "weight" / "sft", tokenizer)
     shutil.copytree(place / "weight" / "sft", place / "weight" / "pretrain")
     return place
 
 
 def environment(folder, **changes):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(folder / "state"), "LC_ALL": "C.UTF-8",
-            "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **changes}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XDG_STATE_HOME": str(folder / "state"),
+        "LC_ALL": "C.UTF-8",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "TERM": "xterm",
+        "PYTHONIOENCODING": "utf-8",
+        **changes,
+    }
 
 
 def piped(folder, text, *arguments, **changes):
     return subprocess.run(
-        [sys.executable, str(ROOT / "chat.py"), *arguments], input=text.encode(), cwd=folder, capture_output=True,
-        timeout=120, env=environment(folder, **changes), check=False,
+        [sys.executable, str(ROOT / "chat.py"), *arguments],
+        input=text.encode(),
+        cwd=folder,
+        capture_output=True,
+        timeout=120,
+        env=environment(folder, **changes),
+        check=False,
     )
 
 
@@ -77,8 +89,13 @@ def test_conversations_are_saved_and_loaded(folder):
 
 def test_no_model_says_how_to_make_one(folder, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "chat.py")], input=b"", cwd=tmp_path, capture_output=True, timeout=120,
-        env=environment(folder, LC_ALL="zh_CN.UTF-8"), check=False,
+        [sys.executable, str(ROOT / "chat.py")],
+        input=b"",
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=120,
+        env=environment(folder, LC_ALL="zh_CN.UTF-8"),
+        check=False,
     )
     assert done.returncode == 1 and "train_smart.py" in done.stderr.decode() and "还没有模型" in done.stderr.decode()
     assert b"Traceback" not in done.stderr
@@ -97,10 +114,15 @@ def test_newest_stage_prefers_later_stages(tmp_path):
     assert chat.newest_stage(tmp_path / "unfinished") is None
 
 
-@pytest.mark.parametrize(("variables", "language"), [
-    ({"LC_ALL": "zh_CN.UTF-8"}, "zh"), ({"LC_ALL": "en_US.UTF-8", "LANG": "zh_CN"}, "en"), ({"LANG": "zh_TW"}, "zh"),
-    ({"LC_ALL": "", "LANG": "de_DE"}, "en"),
-])
+@pytest.mark.parametrize(
+    ("variables", "language"),
+    [
+        ({"LC_ALL": "zh_CN.UTF-8"}, "zh"),
+        ({"LC_ALL": "en_US.UTF-8", "LANG": "zh_CN"}, "en"),
+        ({"LANG": "zh_TW"}, "zh"),
+        ({"LC_ALL": "", "LANG": "de_DE"}, "en"),
+    ],
+)
 def test_language_follows_the_locale(variables, language):
     assert chat.interface_language(variables) == language
 
@@ -129,8 +151,14 @@ def terminal(folder):
 
     def start(*arguments, **changes):
         child = pexpect.spawn(
-            sys.executable, [str(ROOT / "chat.py"), "--lang", "en", *arguments], cwd=str(folder), encoding="utf-8",
-            codec_errors="replace", timeout=60, env=environment(folder, **changes), dimensions=(30, 120),
+            sys.executable,
+            [str(ROOT / "chat.py"), "--lang", "en", *arguments],
+            cwd=str(folder),
+            encoding="utf-8",
+            codec_errors="replace",
+            timeout=60,
+            env=environment(folder, **changes),
+            dimensions=(30, 120),
         )
         children.append(child)
         child.expect("/help lists the commands")

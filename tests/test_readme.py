@@ -66,8 +66,7 @@ def programs(line: str) -> list[list[str]]:
     return [part[2:] if part[:2] == ["python", "-m"] else part[1:] if part[0] == "python" else part for part in parts]
 
 
-ALL_PROGRAMS = list(dict.fromkeys(
-    (page, *words) for page in PAGES for line in commands(page) for words in programs(line)))
+ALL_PROGRAMS = list(dict.fromkeys((page, *words) for page in PAGES for line in commands(page) for words in programs(line)))
 
 
 @lru_cache(maxsize=32)
@@ -102,8 +101,7 @@ def test_there_are_commands_to_check() -> None:
 def test_both_languages_hold_the_same_commands_and_code(guide: str) -> None:
     """Guards: a command that is corrected in one language only."""
     assert commands(f"{guide}.md") == commands(f"{guide}.zh.md")
-    english, chinese = ([re.sub(r"\s*#.*", "", block) for block in blocks(page, "python")]
-                        for page in (f"{guide}.md", f"{guide}.zh.md"))
+    english, chinese = ([re.sub(r"\s*#.*", "", block) for block in blocks(page, "python")] for page in (f"{guide}.md", f"{guide}.zh.md"))
     assert english == chinese
 
 
@@ -190,13 +188,27 @@ def run(command: list[str], checkout: Path, folder: str = ".") -> subprocess.Com
     """Run a command in a folder of the checkout, with the checkout's packages and this interpreter as `python`."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     environment = {
-        **os.environ, "PATH": os.pathsep.join(folders), "PYTHONPATH": str(checkout), "PYTHONIOENCODING": "utf-8",
-        "HAOAI_CACHE": str(checkout / "cache"), "XDG_STATE_HOME": str(checkout / "state"),
-        "TMPDIR": str(checkout), "TEMP": str(checkout),  # the notebook writes to a temporary folder
+        **os.environ,
+        "PATH": os.pathsep.join(folders),
+        "PYTHONPATH": str(checkout),
+        "PYTHONIOENCODING": "utf-8",
+        "HAOAI_CACHE": str(checkout / "cache"),
+        "XDG_STATE_HOME": str(checkout / "state"),
+        "TMPDIR": str(checkout),
+        "TEMP": str(checkout),  # the notebook writes to a temporary folder
         "OMP_NUM_THREADS": "1",  # threads of small products wait for each other on a busy machine, ten times the time
     }
-    return subprocess.run(command, cwd=checkout / folder, env=environment, text=True, encoding="utf-8", check=False,
-                          capture_output=True, timeout=900, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command,
+        cwd=checkout / folder,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        capture_output=True,
+        timeout=900,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def scaled(line: str) -> str | None:

@@ -166,9 +166,7 @@ def _strings(sample: Sample) -> Iterator[str]:
 
 def _identity(sample: Sample) -> str:
     parts = [sample.text] if isinstance(sample, Text) else list(_messages(sample))
-    return json.dumps(
-        [type(sample).__name__, getattr(sample, "label", None), parts], ensure_ascii=False, sort_keys=True
-    )
+    return json.dumps([type(sample).__name__, getattr(sample, "label", None), parts], ensure_ascii=False, sort_keys=True)
 
 
 def marked_tokens(sample: Sample, tokenizer: BPETokenizer) -> list[tuple[list[int], list[bool]]]:
@@ -245,9 +243,7 @@ def print_report(report: FileReport, context: int) -> None:
         longer = report.longer_than(context)
         if longer is not None:
             _line_lengths("tokens", report.tokens)
-            _line(
-                "too long", f"{longer:,} rows ({_share(longer, report.kept)}) exceed the context of {context:,} tokens"
-            )
+            _line("too long", f"{longer:,} rows ({_share(longer, report.kept)}) exceed the context of {context:,} tokens")
         what, lengths = ("tokens", report.tokens) if report.tokens else ("characters", report.characters)
         print(f"  lengths in {what} of a row:")
         _print_histogram(lengths)
@@ -337,20 +333,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").splitlines()[0],
         epilog="Exit: 0 fine, 1 bad data, 2 usage.",
     )
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="files, folders or globs of any format that training reads"
-    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs of any format that training reads")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when any row is bad")
-    parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="print N rows of each file, learned tokens marked"
-    )
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows of each file, learned tokens marked")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help=f"count tokens with it (default: {DEFAULT_TOKENIZER})"
-    )
-    parser.add_argument(
-        "--context", type=int, default=512, metavar="N", help="report rows of more than N tokens (default: 512)"
-    )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=f"count tokens with it (default: {DEFAULT_TOKENIZER})")
+    parser.add_argument("--context", type=int, default=512, metavar="N", help="report rows of more than N tokens (default: 512)")
     arguments = parser.parse_args(argv)
     if arguments.context < 1 or arguments.show < 0:
         parser.error("--context needs a number from 1, --show a number from 0")

@@ -39,8 +39,9 @@ def load(folder: str, device: str = "auto") -> tuple[SmartHaoAI, BPETokenizer]:
     return SmartHaoAI.from_pretrained(path, device_name(device)), BPETokenizer.from_pretrained(path)
 
 
-def file_bits_per_byte(model: SmartHaoAI, tokenizer: BPETokenizer, file: Path, context: int, stride: int | None = None,
-                       limit_bytes: int | None = None) -> BitsPerByte:
+def file_bits_per_byte(
+    model: SmartHaoAI, tokenizer: BPETokenizer, file: Path, context: int, stride: int | None = None, limit_bytes: int | None = None
+) -> BitsPerByte:
     """Bits per byte of one data file, of its first `limit_bytes` bytes of text when given. ValueError when it holds no text."""
     bad = BadRows()
 
@@ -83,8 +84,7 @@ def probe_table(result: dict[str, Any]) -> str:
     lines = [f"{'held-out prompts':<18}{'zh':>22}{'en':>22}"]
     for kind in result["kinds"]:
         cells = [result["cells"][f"{kind}/{lang}"] for lang in ("zh", "en")]
-        lines.append(f"{kind:<18}" + "".join(
-            f"{c['passed']:>6}/{c['total']} ({c['low']:.0%}-{c['high']:.0%})".rjust(22) for c in cells))
+        lines.append(f"{kind:<18}" + "".join(f"{c['passed']:>6}/{c['total']} ({c['low']:.0%}-{c['high']:.0%})".rjust(22) for c in cells))
     return "\n".join(lines)
 
 
@@ -117,15 +117,20 @@ def _probes(args: argparse.Namespace) -> None:
         key = (probe.kind, probe.lang, probe.check(answer, reasoning))
         shown[key] = shown.get(key, 0) + 1
         if shown[key] <= args.show:
-            print(f"\n[{'pass' if key[2] else 'FAIL'} {probe.kind} {probe.lang}] {probe.prompt}\n  " +
-                  (f"({reasoning}) " if reasoning else "") + answer)
+            print(
+                f"\n[{'pass' if key[2] else 'FAIL'} {probe.kind} {probe.lang}] {probe.prompt}\n  "
+                + (f"({reasoning}) " if reasoning else "")
+                + answer
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True)
     bpb = commands.add_parser("bpb", help="bits per UTF-8 byte of text files")
-    bpb.add_argument("--data", required=True, nargs="+", metavar="FILE", help="data files, folders or globs, in any format that training reads")
+    bpb.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help="data files, folders or globs, in any format that training reads"
+    )
     bpb.add_argument("--context", type=int, help="window length in tokens (default: the model's context)")
     bpb.add_argument("--stride", type=int, help="tokens scored per window (default: the whole window)")
     bpb.add_argument("--limit-kb", type=float, help="only the first so many kB (10^3 bytes) of text of each file")

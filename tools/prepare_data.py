@@ -91,8 +91,16 @@ class _Taken:
     dropped: int = 0
 
 
-def prepare(recipe: str, out: str | Path, seed: int = 0, log: Callable[[str], object] = print, progress: bool = True,
-            curriculum_documents: int | None = None, curriculum_conversations: int | None = None, overwrite: bool = False) -> Manifest:
+def prepare(
+    recipe: str,
+    out: str | Path,
+    seed: int = 0,
+    log: Callable[[str], object] = print,
+    progress: bool = True,
+    curriculum_documents: int | None = None,
+    curriculum_conversations: int | None = None,
+    overwrite: bool = False,
+) -> Manifest:
     """Write the recipe's data to the folder `out`, which is left as it is when it already holds exactly that.
 
     Raises ValueError for an unknown recipe or a folder that holds something else, SourcesUnavailable when half of the sources or
@@ -102,8 +110,14 @@ def prepare(recipe: str, out: str | Path, seed: int = 0, log: Callable[[str], ob
         raise ValueError(f"recipe {recipe!r} is not known; choose one of {', '.join(RECIPES)}")
     out = Path(out)
     documents, conversations = CURRICULUM_ROWS[recipe]
-    wanted = Manifest(recipe, seed, VERSION, _catalogue_digest(recipe), documents if curriculum_documents is None else curriculum_documents,
-                      conversations if curriculum_conversations is None else curriculum_conversations)
+    wanted = Manifest(
+        recipe,
+        seed,
+        VERSION,
+        _catalogue_digest(recipe),
+        documents if curriculum_documents is None else curriculum_documents,
+        conversations if curriculum_conversations is None else curriculum_conversations,
+    )
     existing = read_manifest(out)
     if existing is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds files that prepare_data did not write; choose another folder with --out")
@@ -118,8 +132,10 @@ def prepare(recipe: str, out: str | Path, seed: int = 0, log: Callable[[str], ob
     taken, skipped = _read_all(sources, recipe, seed, archives, failures, progress)
     if sources and len(taken) * 2 <= len(sources):
         reasons = list(dict.fromkeys([*failures.values(), *skipped.values()]))
-        raise SourcesUnavailable(f"recipe {recipe}: {len(skipped)} of {len(sources)} sources could not be had ({', '.join(skipped)}). "
-                                 f"Reasons: {'; '.join(reasons[:4])}{' ...' if len(reasons) > 4 else ''}")
+        raise SourcesUnavailable(
+            f"recipe {recipe}: {len(skipped)} of {len(sources)} sources could not be had ({', '.join(skipped)}). "
+            f"Reasons: {'; '.join(reasons[:4])}{' ...' if len(reasons) > 4 else ''}"
+        )
     for name, reason in skipped.items():
         log(f"warning: source {name} is left out: {reason}")
     with atomic_directory(out) as folder:
@@ -141,14 +157,18 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _intact(folder: Path, manifest: Manifest) -> bool:
-    return bool(manifest.files) and all((folder / file.path).is_file() and sha256_of(folder / file.path) == file.sha256
-                                        for file in manifest.files)
+    return bool(manifest.files) and all(
+        (folder / file.path).is_file() and sha256_of(folder / file.path) == file.sha256 for file in manifest.files
+    )
 
 
 def _catalogue_digest(recipe: str) -> str:
     """Changes when a pin or a share of this recipe's sources does."""
-    facts = [(source.name, source.text_mb[recipe], source.rows.get(recipe), [PACKAGES[name].sha256 for name in source.packages])
-             for source in SOURCES if recipe in source.text_mb]
+    facts = [
+        (source.name, source.text_mb[recipe], source.rows.get(recipe), [PACKAGES[name].sha256 for name in source.packages])
+        for source in SOURCES
+        if recipe in source.text_mb
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -161,7 +181,10 @@ def _fetch_all(sources: Sequence[Source], progress: bool) -> tuple[dict[str, Pat
         return archives, failures
     total = sum(PACKAGES[name].megabytes for name in names)
     shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} MB [{elapsed}]"
-    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool, tqdm(total=total, desc="fetching", bar_format=shape, disable=None if progress else True) as bar:
+    with (
+        ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool,
+        tqdm(total=total, desc="fetching", bar_format=shape, disable=None if progress else True) as bar,
+    ):
         waiting = {pool.submit(fetch, PACKAGES[name]): name for name in names}
         for done in as_completed(waiting):
             name = waiting[done]
@@ -179,8 +202,9 @@ def _fetch_all(sources: Sequence[Source], progress: bool) -> tuple[dict[str, Pat
     return archives, failures
 
 
-def _read_all(sources: Sequence[Source], recipe: str, seed: int, archives: dict[str, Path], failures: dict[str, str],
-              progress: bool) -> tuple[list[_Taken], dict[str, str]]:
+def _read_all(
+    sources: Sequence[Source], recipe: str, seed: int, archives: dict[str, Path], failures: dict[str, str], progress: bool
+) -> tuple[list[_Taken], dict[str, str]]:
     taken: list[_Taken] = []
     skipped: dict[str, str] = {}
     seen: set[bytes] = set()
@@ -212,8 +236,12 @@ def _select(source: Source, units: list[Unit], recipe: str, seed: int, seen: set
             result.texts.append(replace(unit, rows=rows))
             continue
         mark = fingerprint(unit.text)
-        if mark in seen or letters(unit.text) < MIN_LETTERS or len(unit.text) > MAX_CHARACTERS or (
-                unit.lang != "en" and TRADITIONAL.search(unit.text)):
+        if (
+            mark in seen
+            or letters(unit.text) < MIN_LETTERS
+            or len(unit.text) > MAX_CHARACTERS
+            or (unit.lang != "en" and TRADITIONAL.search(unit.text))
+        ):
             result.dropped += 1
             continue
         size = len(unit.text.encode())
@@ -228,6 +256,7 @@ def _select(source: Source, units: list[Unit], recipe: str, seed: int, seen: set
 def _probe_questions() -> set[bytes]:
     """What the curriculum's probes ask; real rows must not give it away either."""
     from tools.curriculum import probes
+
     return {fingerprint(probe.messages[-1]["content"]) for probe in probes()}
 
 
@@ -266,7 +295,7 @@ def _write_all(folder: Path, wanted: Manifest, taken: list[_Taken], seed: int) -
                 valid[unit.lang].append(unit.text)
         texts = [unit.text for unit in kept if unit.text]
         rows = list({fingerprint(json.dumps(turns, ensure_ascii=False)): turns for unit in kept for turns in unit.rows}.values())
-        rows = sorted(rows, key=lambda turns: draw("row", seed, turns[0]["content"]))[:one.source.rows.get(wanted.recipe, 0)]
+        rows = sorted(rows, key=lambda turns: draw("row", seed, turns[0]["content"]))[: one.source.rows.get(wanted.recipe, 0)]
         if texts:
             files.append(_write_rows(folder, f"pretrain/{one.source.name}.jsonl", ({"text": text} for text in texts)))
         if rows:
@@ -297,15 +326,21 @@ def _write_rows(folder: Path, name: str, rows: Iterable[dict[str, Any]]) -> File
 
 
 def _sources_page(recipe: str, table: Table, skipped: dict[str, str], archives: dict[str, Path]) -> str:
-    lines = [f"# Sources of the recipe `{recipe}`", "",
-             "The texts keep the licences of their packages; check them before you pass on the texts or a model trained on them.",
-             "The rows in `curriculum.jsonl` are generated by SmartHaoAI's own program and come under its licence.", ""]
+    lines = [
+        f"# Sources of the recipe `{recipe}`",
+        "",
+        "The texts keep the licences of their packages; check them before you pass on the texts or a model trained on them.",
+        "The rows in `curriculum.jsonl` are generated by SmartHaoAI's own program and come under its licence.",
+        "",
+    ]
     if table:
         lines += ["| file | package | licence | taken | documents | chat rows | MB | unusable or repeated |", "|---" * 8 + "|"]
         for one, documents, rows, size in table:
             packages = ", ".join(PACKAGES[name].label for name in one.source.packages)
-            lines.append(f"| {one.source.name} | {packages} | {one.source.licence} | {one.source.taken} | {documents} | {rows} "
-                         f"| {size / 1e6:.2f} | {one.dropped} |")
+            lines.append(
+                f"| {one.source.name} | {packages} | {one.source.licence} | {one.source.taken} | {documents} | {rows} "
+                f"| {size / 1e6:.2f} | {one.dropped} |"
+            )
         lines += ["", "| package | file | SHA-256 |", "|---|---|---|"]
         lines += [f"| {package.label} | {package.file} | `{package.sha256}` |" for name, package in PACKAGES.items() if name in archives]
     if skipped:
@@ -335,7 +370,8 @@ def write_samples(folder: str | Path = "training_data", seed: int = 2024) -> Ite
 
     samples: tuple[tuple[str, Iterable[dict[str, Any]]], ...] = (
         ("pretrain", ({"text": row["text"]} for row in pretrain_documents(seed, SAMPLE_ROWS))),
-        ("sft", ({"conversations": row["conversations"]} for row in conversations(seed, SAMPLE_ROWS))))
+        ("sft", ({"conversations": row["conversations"]} for row in conversations(seed, SAMPLE_ROWS))),
+    )
     for stage, rows in samples:
         path = Path(folder) / stage / "sample_data.jsonl"
         atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -345,8 +381,9 @@ def write_samples(folder: str | Path = "training_data", seed: int = 2024) -> Ite
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m tools.prepare_data", description=summary, epilog=details,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.prepare_data", description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", choices=RECIPES, default="quick", help="how much to assemble (default: quick)")
     parser.add_argument("--out", type=Path, help="output folder (default: training_data/recipes/RECIPE)")
     parser.add_argument("--seed", type=int, default=0, help="fixes selection, held-out documents and generated rows (default: 0)")
@@ -361,12 +398,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or Path("training_data/recipes") / options.recipe
     prepare(options.recipe, out, seed=options.seed, progress=not options.quiet, overwrite=options.overwrite)
     folder = out.as_posix()
-    print(f"Next:\n  python -m train.train_tokenizer data.pretrain_file={folder}/pretrain\n"
-          f"  python -m train.train_pretrain data.pretrain_file={folder}/pretrain data.val_file={folder}/valid\n"
-          f"  python -m train.train_sft data.sft_file={folder}/sft")
+    print(
+        f"Next:\n  python -m train.train_tokenizer data.pretrain_file={folder}/pretrain\n"
+        f"  python -m train.train_pretrain data.pretrain_file={folder}/pretrain data.val_file={folder}/valid\n"
+        f"  python -m train.train_sft data.sft_file={folder}/sft"
+    )
     return 0
 
 
 if __name__ == "__main__":
     from train.runtime import run_main
+
     run_main(main)

@@ -22,8 +22,15 @@ from model.transformer import SmartHaoAI
 FOLDER, STATE_FILE, OPTIMIZER_FILE = "checkpoints", "state.json", "optimizer.safetensors"
 
 
-def save_checkpoint(out_dir: Path, step: int, model: SmartHaoAI, tokenizer: BPETokenizer, optimizers: list[torch.optim.Optimizer],
-                    state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    out_dir: Path,
+    step: int,
+    model: SmartHaoAI,
+    tokenizer: BPETokenizer,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
     """Write the checkpoint of `step` and delete all but the newest `keep`."""
     path = out_dir / FOLDER / f"step_{step:06d}"
     with atomic_directory(path) as folder:
@@ -72,7 +79,9 @@ def restore(path: Path, model: SmartHaoAI, optimizers: list[torch.optim.Optimize
                 prefix = f"{number}/{names[parameter]}/"
                 state: dict[str, Any] = {
                     key.removeprefix(prefix): tensor if key.endswith("/step") else tensor.to(parameter.device)
-                    for key, tensor in tensors.items() if key.startswith(prefix)}
+                    for key, tensor in tensors.items()
+                    if key.startswith(prefix)
+                }
                 state.update(values.get(prefix, {}))
                 optimizer.state[parameter] = state
     torch.set_rng_state(tensors["random/cpu"])

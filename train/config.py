@@ -135,8 +135,11 @@ class OptimizationConfig:
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _require(self.lr > 0, "train.lr", self.lr, "above 0")
         _require(self.max_steps > 0 or self.max_minutes > 0 or self.epochs > 0, "train.epochs", self.epochs, "above 0")
-        for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear", "wsd", "constant")),
-                            ("precision", ("auto", "fp32", "bf16", "fp16"))):
+        for name, known in (
+            ("optimizer", ("adamw", "muon")),
+            ("schedule", ("cosine", "linear", "wsd", "constant")),
+            ("precision", ("auto", "fp32", "bf16", "fp16")),
+        ):
             _require(getattr(self, name) in known, f"train.{name}", getattr(self, name), " | ".join(known))
 
 
@@ -166,7 +169,12 @@ class StageConfig:
         self.train.check()
         _require(self.data.max_length >= 2, "data.max_length", self.data.max_length, "at least 2")
         _require(0 <= self.data.val_share < 1, "data.val_share", self.data.val_share, "in [0, 1)")
-        _require(0 <= self.data.short_length <= self.data.max_length, "data.short_length", self.data.short_length, "between 0 and data.max_length")
+        _require(
+            0 <= self.data.short_length <= self.data.max_length,
+            "data.short_length",
+            self.data.short_length,
+            "between 0 and data.max_length",
+        )
         _require(self.tokenizer.sample_mb > 0, "tokenizer.sample_mb", self.tokenizer.sample_mb, "above 0")
         self.model_shape()
 
@@ -197,8 +205,9 @@ class PretrainConfig(StageConfig):
 
     out_dir: str = "weight/pretrain"
     model: dict[str, Any] = field(default_factory=lambda: {"preset": "nano"})
-    train: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(
-        optimizer="muon", lr=6e-3, schedule="wsd", min_lr_ratio=0.05, batch_size=8))
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(optimizer="muon", lr=6e-3, schedule="wsd", min_lr_ratio=0.05, batch_size=8)
+    )
 
 
 @dataclass
@@ -207,16 +216,27 @@ class SFTConfig(StageConfig):
 
     out_dir: str = "weight/sft"
     model_dir: str | None = "weight/pretrain"
-    train: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(
-        optimizer="muon", lr=2e-3, schedule="linear", min_lr_ratio=0.05, batch_size=8, epochs=2))
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(optimizer="muon", lr=2e-3, schedule="linear", min_lr_ratio=0.05, batch_size=8, epochs=2)
+    )
 
 
 Settings = TypeVar("Settings", bound=StageConfig)
 SYNONYMS = {  # names of other programs
-    "learning_rate": "train.lr", "gradient_clip": "train.clip", "max_grad_norm": "train.clip", "block_size": "data.max_length",
-    "max_seq_len": "data.max_length", "max_seq_length": "data.max_length", "gradient_accumulation_steps": "train.accumulation_steps",
-    "num_train_epochs": "train.epochs", "mixed_precision": "train.precision", "dtype": "train.precision", "output_dir": "out_dir",
-    "hidden_size": "model.n_embd", "num_hidden_layers": "model.n_layer", "num_attention_heads": "model.n_head",
+    "learning_rate": "train.lr",
+    "gradient_clip": "train.clip",
+    "max_grad_norm": "train.clip",
+    "block_size": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "gradient_accumulation_steps": "train.accumulation_steps",
+    "num_train_epochs": "train.epochs",
+    "mixed_precision": "train.precision",
+    "dtype": "train.precision",
+    "output_dir": "out_dir",
+    "hidden_size": "model.n_embd",
+    "num_hidden_layers": "model.n_layer",
+    "num_attention_heads": "model.n_head",
 }
 FLAGS = ("resume", "overwrite", "dry_run")
 
@@ -243,8 +263,10 @@ def parse_command_line(kind: type[Settings], argv: list[str] | None = None) -> S
         elif equals and not name.startswith("-"):
             dotted[name] = value
         else:
-            raise UsageError(f"cannot read {word!r}: settings are written key=value (for example train.lr=3e-4), switches as "
-                             f"--preset NAME, --config FILE, {', '.join('--' + f.replace('_', '-') for f in FLAGS)}, --help")
+            raise UsageError(
+                f"cannot read {word!r}: settings are written key=value (for example train.lr=3e-4), switches as "
+                f"--preset NAME, --config FILE, {', '.join('--' + f.replace('_', '-') for f in FLAGS)}, --help"
+            )
     if preset is not None:
         layers.append(read_yaml(preset_file(kind, preset)))
     if file is not None:
@@ -390,9 +412,14 @@ def to_yaml(settings: Any) -> str:
 
 def help_text(kind: type) -> str:
     """The page that `--help` prints: every setting, its default and meaning."""
-    lines = [(kind.__doc__ or "").strip(), "", "usage: settings are words key=value; later ones win",
-             "  --preset NAME    " + ", ".join(sorted(p.stem.split("_", 1)[1] for p in CONFIG_FOLDER.glob(f"{stage_name(kind)}_*.yaml"))),
-             "  --config FILE    a YAML file with any of the settings below", ""]
+    lines = [
+        (kind.__doc__ or "").strip(),
+        "",
+        "usage: settings are words key=value; later ones win",
+        "  --preset NAME    " + ", ".join(sorted(p.stem.split("_", 1)[1] for p in CONFIG_FOLDER.glob(f"{stage_name(kind)}_*.yaml"))),
+        "  --config FILE    a YAML file with any of the settings below",
+        "",
+    ]
     _describe(kind(), "", lines)
     lines += ["", "model.*: " + ", ".join(f.name for f in dataclasses.fields(HaoAIConfig))]
     return "\n".join(lines)
@@ -406,7 +433,11 @@ def _describe(settings: Any, prefix: str, lines: list[str]) -> None:
         if dataclasses.is_dataclass(value):
             _describe(value, f"{prefix}{item.name}.", lines)
             continue
-        name = f"--{item.name.replace('_', '-')}" if not prefix and item.name in FLAGS else f"{prefix}{item.name}={'' if value is None else value}"
+        name = (
+            f"--{item.name.replace('_', '-')}"
+            if not prefix and item.name in FLAGS
+            else f"{prefix}{item.name}={'' if value is None else value}"
+        )
         text = textwrap.wrap(notes.get(item.name, ""), 88) or [""]
         lines.append(f"  {name}")
         lines += [f"      {line}" for line in text]
@@ -422,8 +453,12 @@ def _field_notes(kind: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
         for item, after in zip(body.body, body.body[1:], strict=False):
-            if (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr)
-                    and isinstance(after.value, ast.Constant)):
+            if (
+                isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
                 notes[item.target.id] = " ".join(str(after.value.value).split())
     return notes
 

@@ -122,8 +122,17 @@ class _Documents:
 class PackedText:
     """Rows cut from the stream of shuffled documents: every position is real, documents may continue in the next row."""
 
-    def __init__(self, store: TokenStore, batch_size: int, max_length: int, pad_id: int, seed: int = 0, short_length: int = 0,
-                 short_share: float = 0.0, split: str = "train") -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        batch_size: int,
+        max_length: int,
+        pad_id: int,
+        seed: int = 0,
+        short_length: int = 0,
+        short_share: float = 0.0,
+        split: str = "train",
+    ) -> None:
         self.documents = _Documents(store, split, seed)
         self.batch_size, self.max_length, self.pad_id = batch_size, max_length, pad_id
         self.short_length, self.short_share = short_length, short_share
@@ -184,8 +193,12 @@ class CutReport:
     dropped: int = 0
 
     def text(self, length: int) -> str | None:
-        counts = {"cut between turns": self.between_turns, "lost the beginning of a prompt": self.inside_prompt,
-                  "lost the end of an answer": self.inside_answer, "left out, nothing to learn": self.dropped}
+        counts = {
+            "cut between turns": self.between_turns,
+            "lost the beginning of a prompt": self.inside_prompt,
+            "lost the end of an answer": self.inside_answer,
+            "left out, nothing to learn": self.dropped,
+        }
         if not any(counts.values()):
             return None
         return f"conversations longer than data.max_length={length}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
@@ -194,8 +207,17 @@ class CutReport:
 class PackedConversations:
     """Whole conversations fitted into rows (exactly where possible, within blocks of documents); rows of like length share a batch."""
 
-    def __init__(self, store: TokenStore, batch_size: int, max_length: int, pad_id: int, seed: int = 0, rows_per_step: int | None = None,
-                 split: str = "train", log: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        batch_size: int,
+        max_length: int,
+        pad_id: int,
+        seed: int = 0,
+        rows_per_step: int | None = None,
+        split: str = "train",
+        log: Callable[[str], object] | None = None,
+    ) -> None:
         self.documents = _Documents(store, split, seed)
         self.batch_size, self.max_length, self.pad_id = batch_size, max_length, pad_id
         self.rows_per_step = rows_per_step or batch_size
@@ -350,12 +372,14 @@ def evaluation_batches(source: PackedText | PackedConversations, tokens: int) ->
     return batches
 
 
-def make_source(store: TokenStore, settings: Any, pad_id: int, split: str = "train", log: Callable[[str], object] | None = None
-                ) -> PackedText | PackedConversations:
+def make_source(
+    store: TokenStore, settings: Any, pad_id: int, split: str = "train", log: Callable[[str], object] | None = None
+) -> PackedText | PackedConversations:
     """The batch source of a stage's settings."""
     data, train = settings.data, settings.train
     if store.kind == "sft":
-        return PackedConversations(store, train.batch_size, data.max_length, pad_id, train.seed,
-                                   train.batch_size * train.accumulation_steps, split, log)
+        return PackedConversations(
+            store, train.batch_size, data.max_length, pad_id, train.seed, train.batch_size * train.accumulation_steps, split, log
+        )
     short = data.short_length if split == "train" else 0
     return PackedText(store, train.batch_size, data.max_length, pad_id, train.seed, short, data.short_share, split)

@@ -20,9 +20,7 @@ import numpy as np
 ROW_SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".csv", ".parquet")
 TOKEN_SUFFIXES = (".npy", ".bin")
 COMPRESSIONS = (".gz", ".xz", ".zst")
-KNOWN_SUFFIXES = (
-    f"{' '.join(ROW_SUFFIXES)} (all but parquet also as {' '.join(COMPRESSIONS)}), token ids {' '.join(TOKEN_SUFFIXES)}"
-)
+KNOWN_SUFFIXES = f"{' '.join(ROW_SUFFIXES)} (all but parquet also as {' '.join(COMPRESSIONS)}), token ids {' '.join(TOKEN_SUFFIXES)}"
 
 _NOT_DATA = re.compile(r"(readme|licen[cs]e|notice|copying)\b.*|sources\.md|manifest\.json", re.IGNORECASE)
 
@@ -189,9 +187,7 @@ def read_token_ids(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is not a plain .npy array ({error})") from error
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
-            raise ValueError(
-                f"{path} holds shape {ids.shape} of {ids.dtype}, expected a non-empty 1-D array of integers"
-            )
+            raise ValueError(f"{path} holds shape {ids.shape} of {ids.dtype}, expected a non-empty 1-D array of integers")
         return ids
     dtype: Any = "uint16"
     sidecar = _sidecar(path)
@@ -205,7 +201,5 @@ def read_token_ids(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
             raise ValueError(f'{sidecar}: dtype is {dtype!r}, expected {{"dtype": "uint16"}} or "uint32"')
     kind = np.dtype(dtype).newbyteorder("<")
     if not path.stat().st_size or path.stat().st_size % kind.itemsize:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, expected a positive multiple of {kind.itemsize} ({dtype})"
-        )
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a positive multiple of {kind.itemsize} ({dtype})")
     return np.memmap(path, dtype=kind, mode="r")

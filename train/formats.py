@@ -131,9 +131,7 @@ def _format_of(value: Any) -> _Format:
         raise RowError("row has no fields")
     null = [key for key in value if value[key] is None]
     found = ", ".join(sorted(map(str, value))[:20]) + (f" (null: {', '.join(map(str, null[:20]))})" if null else "")
-    raise RowError(
-        f"unknown format: found the fields {found}; known are {', '.join(known.fields for known in _FORMATS)}"
-    )
+    raise RowError(f"unknown format: found the fields {found}; known are {', '.join(known.fields for known in _FORMATS)}")
 
 
 def _has(*names: str) -> Callable[[Row], bool]:
@@ -174,16 +172,12 @@ def _alpaca_row(row: Row) -> Conversation:
 
 def _user_row(row: Row) -> Conversation:
     answer = assistant_turn(row["assistant"], "assistant", reasoning=row.get("reasoning_content"))
-    return _conversation(
-        _with_system(row, [plain_turn("user", row["user"], "user")]) + [answer], read_tools(row.get("tools"))
-    )
+    return _conversation(_with_system(row, [plain_turn("user", row["user"], "user")]) + [answer], read_tools(row.get("tools")))
 
 
 def _cot_row(row: Row) -> Conversation:
     answer = assistant_turn(row["final"], "final", reasoning=row.get("cot"), reasoning_field="cot")
-    return _conversation(
-        _with_system(row, [plain_turn("user", row["user"], "user")]) + [answer], read_tools(row.get("tools"))
-    )
+    return _conversation(_with_system(row, [plain_turn("user", row["user"], "user")]) + [answer], read_tools(row.get("tools")))
 
 
 def _preference_row(row: Row) -> Preference:
@@ -272,9 +266,7 @@ def _alpaca_prompt(row: Row) -> list[Message]:
         raise RowError("history is not a list of [question, answer] pairs")
     for index, (question, answer) in enumerate(history):
         turns += [plain_turn("user", question, f"history[{index}][0]"), assistant_turn(answer, f"history[{index}][1]")]
-    return _with_system(
-        row, [*turns, plain_turn("user", "\n".join(part for part in asked if part.strip()), "instruction")]
-    )
+    return _with_system(row, [*turns, plain_turn("user", "\n".join(part for part in asked if part.strip()), "instruction")])
 
 
 def _with_system(row: Row, turns: list[Message]) -> list[Message]:
@@ -292,10 +284,7 @@ def _transcript(text: str, field: str) -> list[Message]:
     if len(pieces) < 3 or pieces[0].strip():
         raise RowError('no prompt: give "prompt", or whole conversations as lists of turns in chosen and rejected')
     pairs = zip(pieces[1::2], pieces[2::2], strict=True)
-    return [
-        plain_turn("user", said.strip(), field) if who == "Human" else assistant_turn(said.strip(), field)
-        for who, said in pairs
-    ]
+    return [plain_turn("user", said.strip(), field) if who == "Human" else assistant_turn(said.strip(), field) for who, said in pairs]
 
 
 def _split_shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
@@ -418,17 +407,11 @@ class BadRows:
     def raise_if_strict(self, strict: bool) -> None:
         """Raises ValueError naming the first bad row when `strict` and there is one."""
         if strict and self.total:
-            where = (
-                f"; the first is {self.first[0].path}:{self.first[0].line}: {self.first[0].reason}"
-                if self.first
-                else ""
-            )
+            where = f"; the first is {self.first[0].path}:{self.first[0].line}: {self.first[0].reason}" if self.first else ""
             raise ValueError(f"{self.total} bad row{'s' if self.total > 1 else ''} with --strict{where}")
 
 
-def read_samples(
-    path: str | PathLike[str], bad: BadRows, convert: Callable[[Sample], Any] | None = None
-) -> Iterator[tuple[int, Any]]:
+def read_samples(path: str | PathLike[str], bad: BadRows, convert: Callable[[Sample], Any] | None = None) -> Iterator[tuple[int, Any]]:
     """(line, sample) of every usable row of a file; the others go to `bad`.
 
     `convert` (as_text, as_conversation, as_preference) turns samples into what a stage needs; its RowErrors count.

@@ -26,7 +26,16 @@ from train.data import Batch, BatchSource
 from train.losses import Term
 from train.metrics import MetricsLog, plot_loss
 from train.optim import Muon, build_optimizers, lr_factor
-from train.runtime import Precision, StopRequest, choose_precision, device_name, format_minutes, peak_memory_mb, seed_everything, set_threads
+from train.runtime import (
+    Precision,
+    StopRequest,
+    choose_precision,
+    device_name,
+    format_minutes,
+    peak_memory_mb,
+    seed_everything,
+    set_threads,
+)
 
 LossFunction = Callable[[torch.nn.Module, Batch], list[Term]]
 Evaluate = Callable[[SmartHaoAI], dict[str, float]]
@@ -67,8 +76,15 @@ class _Progress:
 
 
 def fit(
-    settings: StageConfig, model: SmartHaoAI, batches: BatchSource, loss_fn: LossFunction, evaluate: Evaluate | None = None, *,
-    tokenizer: BPETokenizer, sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None = None, log: Callable[[str], object] = print,
+    settings: StageConfig,
+    model: SmartHaoAI,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    evaluate: Evaluate | None = None,
+    *,
+    tokenizer: BPETokenizer,
+    sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None = None,
+    log: Callable[[str], object] = print,
 ) -> FitResult:
     """Train `model` by `settings.train`, writing metrics, plots and checkpoints to `settings.out_dir`.
 
@@ -79,8 +95,17 @@ def fit(
 
 
 class _Fit:
-    def __init__(self, settings: StageConfig, model: SmartHaoAI, batches: BatchSource, loss_fn: LossFunction, evaluate: Evaluate | None,
-                 tokenizer: BPETokenizer, sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None, log: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        settings: StageConfig,
+        model: SmartHaoAI,
+        batches: BatchSource,
+        loss_fn: LossFunction,
+        evaluate: Evaluate | None,
+        tokenizer: BPETokenizer,
+        sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None,
+        log: Callable[[str], object],
+    ) -> None:
         self.settings, self.train = settings, settings.train
         self.model, self.batches, self.loss_fn = model, batches, loss_fn
         self.evaluate, self.tokenizer, self.sample, self.log = evaluate, tokenizer, sample, log
@@ -127,8 +152,9 @@ class _Fit:
         finally:
             self.metrics.close()
         plot_loss(self.metrics.rows, self.out_dir / "loss.png", f"{self.out_dir.name}: {self.model.num_parameters() / 1e6:.1f}M parameters")
-        return FitResult(self.state.step, self.state.total_steps, self.state.tokens, self.state.seconds, interrupted, self.precision.name,
-                         self.last_row)
+        return FitResult(
+            self.state.step, self.state.total_steps, self.state.tokens, self.state.seconds, interrupted, self.precision.name, self.last_row
+        )
 
     def _plan(self) -> None:
         """Decide once what is measured: precision, and the number of steps of a time budget."""
@@ -176,8 +202,15 @@ class _Fit:
             self.state.total_steps = self.bar.total = total
 
     def _bar(self) -> Any:
-        return tqdm(total=self.state.total_steps, initial=self.state.step, unit="step", desc=self.out_dir.name, disable=None,
-                    dynamic_ncols=True, smoothing=0.05)
+        return tqdm(
+            total=self.state.total_steps,
+            initial=self.state.step,
+            unit="step",
+            desc=self.out_dir.name,
+            disable=None,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
 
     def _steps(self, stop: StopRequest) -> bool:
         """Run to the end; True when the user stopped it before."""
@@ -252,8 +285,9 @@ class _Fit:
             optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row > self.train.max_skipped_steps:
             raise ValueError(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (step {self.state.step}): lower train.lr="
-                f"{self.train.lr:g}, or set train.precision=fp32; the last checkpoint is untouched")
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (step {self.state.step}): "
+                f"lower train.lr={self.train.lr:g}, or set train.precision=fp32; the last checkpoint is untouched"
+            )
         return norm
 
     def _evaluate(self) -> dict[str, float]:
@@ -266,11 +300,18 @@ class _Fit:
 
     def _log_row(self, window: _Window, evaluated: dict[str, float]) -> None:
         row = {
-            "step": self.state.step, "tokens": self.state.tokens, "loss": window.loss, "lr": self.lr, "grad_norm": window.norm,
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "loss": window.loss,
+            "lr": self.lr,
+            "grad_norm": window.norm,
             "tokens_per_second": window.real / window.seconds if window.seconds else None,
             "real_token_share": window.real / window.positions if window.positions else None,
-            "val_loss": evaluated.get("val_loss"), "val_bpb": evaluated.get("val_bpb"),
-            "peak_memory_mb": peak_memory_mb(self.device), "seconds": self.state.seconds, "skipped": self.state.skipped,
+            "val_loss": evaluated.get("val_loss"),
+            "val_bpb": evaluated.get("val_bpb"),
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "seconds": self.state.seconds,
+            "skipped": self.state.skipped,
             **{k: v for k, v in evaluated.items() if k not in ("val_loss", "val_bpb")},
         }
         self.metrics.add(row)
@@ -283,8 +324,12 @@ class _Fit:
             self.bar.set_postfix_str(shown)
         elif evaluated or self.state.step % (self.train.log_every * 5) == 0 or self.state.step == self.state.total_steps:
             left = self.state.seconds / self.state.step * (self.state.total_steps - self.state.step)
-            print(f"step {self.state.step}/{self.state.total_steps}  {shown}  {row['tokens_per_second'] or 0:,.0f} tokens/s  "
-                  f"{format_minutes(left)} left", file=sys.stderr, flush=True)
+            print(
+                f"step {self.state.step}/{self.state.total_steps}  {shown}  {row['tokens_per_second'] or 0:,.0f} tokens/s  "
+                f"{format_minutes(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _write_samples(self) -> None:
         if self.sample is None:
@@ -296,8 +341,12 @@ class _Fit:
         torch.set_rng_state(random)
 
     def _save(self) -> None:
-        state = {"progress": vars(self.state), "window": vars(self.window), "cursor": self.batches.state_dict(),
-                 "scaler": self.scaler.state_dict()}
+        state = {
+            "progress": vars(self.state),
+            "window": vars(self.window),
+            "cursor": self.batches.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
         save_checkpoint(self.out_dir, self.state.step, self.model, self.tokenizer, self.optimizers, state, self.train.keep_checkpoints)
 
 

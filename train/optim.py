@@ -82,8 +82,14 @@ def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, devic
     decayed = [p for n, p in matrices.items() if n not in muon]
     plain = [p for n, p in parameters.items() if n not in matrices]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=device.split(":")[0] in ("cpu", "cuda"))]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            fused=device.split(":")[0] in ("cpu", "cuda"),
+        )
+    ]
     if muon:
         optimizers.append(Muon(_muon_groups(model, muon), lr=settings.lr, weight_decay=settings.weight_decay))
     held = sum(p.numel() for o in optimizers for g in o.param_groups for p in g["params"])

@@ -95,9 +95,7 @@ def _open_binary(path: Path) -> io.BufferedReader:
         return io.BufferedReader(lzma.open(path, "rb"), 1 << 20)  # type: ignore[arg-type]
     if compression == ".zst":
         zstandard = _optional("zstandard", path)
-        frames = zstandard.ZstdDecompressor().stream_reader(
-            path.open("rb"), read_across_frames=True
-        )  # closes its source
+        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)  # closes its source
         return io.BufferedReader(frames, 1 << 20)
     return open(path, "rb")
 
@@ -114,8 +112,7 @@ def _optional(package: str, path: Path) -> Any:
     except ImportError as error:
         name = package.partition(".")[0]
         raise ValueError(
-            f"{path}: reading {path.suffix} files needs the package {name}: "
-            f"install the extra `data`, or run `pip install {name}`"
+            f"{path}: reading {path.suffix} files needs the package {name}: install the extra `data`, or run `pip install {name}`"
         ) from error
 
 

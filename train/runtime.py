@@ -76,8 +76,10 @@ def describe_machine(device: str) -> str:
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, torch {torch.__version__}"
     total = total_memory()
     memory = f"{total / 2**30:.0f} GiB memory, " if total else ""
-    return (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads "
-            f"({torch.backends.cpu.get_cpu_capability()}), {memory}torch {torch.__version__}")
+    return (
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads "
+        f"({torch.backends.cpu.get_cpu_capability()}), {memory}torch {torch.__version__}"
+    )
 
 
 def total_memory() -> int | None:

@@ -96,7 +96,9 @@ def make_model(settings: StageConfig, config: HaoAIConfig) -> SmartHaoAI:
     return SmartHaoAI(config)
 
 
-def print_plan(settings: StageConfig, config: HaoAIConfig, source: BatchSource, store: TokenStore, log: Callable[[str], object] = print) -> None:
+def print_plan(
+    settings: StageConfig, config: HaoAIConfig, source: BatchSource, store: TokenStore, log: Callable[[str], object] = print
+) -> None:
     """What will run, before anything large is allocated."""
     train, data = settings.train, settings.data
     device = device_name(train.device)
@@ -112,13 +114,17 @@ def print_plan(settings: StageConfig, config: HaoAIConfig, source: BatchSource, 
         length = f"{train.max_minutes:g} minutes"
     else:
         length = f"{train.epochs:g} epochs, {max(1, round(train.epochs * source.rows_per_epoch() / rows)):,} steps"
-    log(f"  run        {length} of {rows} x {data.max_length} = {rows * data.max_length:,} tokens; {train.optimizer}, peak rate {train.lr:g}, "
-        f"{train.schedule}")
+    log(
+        f"  run        {length} of {rows} x {data.max_length} = {rows * data.max_length:,} tokens; "
+        f"{train.optimizer}, peak rate {train.lr:g}, {train.schedule}"
+    )
     need, there = account.training_bytes(train.batch_size, data.max_length), total_memory() if device == "cpu" else None
     log(f"  memory     about {need / 2**20:,.0f} MiB for the step" + (f" of {there / 2**20:,.0f} MiB" if there else ""))
     if account.head_parameters > account.body_parameters:
-        log(f"  note       the embedding of {config.vocab_size:,} tokens is larger than all layers together: a smaller vocabulary "
-            f"(tokenizer.vocab_size) would leave more for the layers")
+        log(
+            f"  note       the embedding of {config.vocab_size:,} tokens is larger than all layers together: a smaller vocabulary "
+            f"(tokenizer.vocab_size) would leave more for the layers"
+        )
     if there and need > there:
         log("  warning    this does not fit: lower train.batch_size (and raise train.accumulation_steps), or data.max_length")
 
@@ -146,8 +152,14 @@ def run_lm_stage(settings: StageConfig, kind: str, spec: Any, sample: Sampler, l
         return INTERRUPTED
     samples = sample(model.eval(), tokenizer)
     finish(settings, model, tokenizer, result, samples, store)
-    log(f"{settings.out_dir}: {result.step:,} steps, {result.tokens:,} tokens in {format_minutes(result.seconds)}"
-        + (f", held-out loss {result.last['val_loss']:.3f}, {result.last['val_bpb']:.3f} bits per byte" if "val_loss" in result.last else ""))
+    log(
+        f"{settings.out_dir}: {result.step:,} steps, {result.tokens:,} tokens in {format_minutes(result.seconds)}"
+        + (
+            f", held-out loss {result.last['val_loss']:.3f}, {result.last['val_bpb']:.3f} bits per byte"
+            if "val_loss" in result.last
+            else ""
+        )
+    )
     for prompt, answer in samples:
         log(f"  {prompt!r} -> {answer.strip()!r}")
     return 0
@@ -182,7 +194,9 @@ def _estimate(settings: StageConfig, config: HaoAIConfig, source: BatchSource) -
     return f"about {format_minutes(steps * seconds)} at {rate}"
 
 
-def _evaluation(settings: StageConfig, store: TokenStore, tokenizer: BPETokenizer, kind: str, log: Callable[[str], object]) -> Evaluate | None:
+def _evaluation(
+    settings: StageConfig, store: TokenStore, tokenizer: BPETokenizer, kind: str, log: Callable[[str], object]
+) -> Evaluate | None:
     if settings.data.val_file:
         store = open_store(settings.data.val_file, tokenizer, kind, settings.data, log, val_share=0.0)
     split = "train" if settings.data.val_file else "val"
@@ -194,8 +208,9 @@ def _evaluation(settings: StageConfig, store: TokenStore, tokenizer: BPETokenize
     return lambda model: held_out_loss(model, batches, lengths, device)
 
 
-def finish(settings: StageConfig, model: SmartHaoAI, tokenizer: BPETokenizer, result: FitResult, samples: list[tuple[str, str]],
-           store: TokenStore) -> None:
+def finish(
+    settings: StageConfig, model: SmartHaoAI, tokenizer: BPETokenizer, result: FitResult, samples: list[tuple[str, str]], store: TokenStore
+) -> None:
     """Write the finished checkpoint with its report and model card."""
     out = Path(settings.out_dir)
     facts = {
@@ -219,11 +234,20 @@ def finish(settings: StageConfig, model: SmartHaoAI, tokenizer: BPETokenizer, re
 
 def _model_card(settings: StageConfig, facts: dict[str, Any]) -> str:
     licences = sorted({str(p) for f in facts["data"].split(", ") for p in _sources_notes(Path(f.split(" (x")[0]))})
-    lines = ["# A SmartHaoAI model", "",
-             f"Stage: {stage_name(type(settings))}. A small language model trained from scratch on one machine; it makes mistakes, knows little,",
-             "and is meant for study. Load it with `SmartHaoAI.from_pretrained`, `python chat.py --model`, or `transformers`.", "",
-             "## Results and settings", "", *(f"- {name}: {value}" for name, value in facts.items() if value is not None),
-             "- all settings: `run.yaml`; curves: `metrics.jsonl`, `loss.png`", "", "## Data and licences", ""]
+    lines = [
+        "# A SmartHaoAI model",
+        "",
+        f"Stage: {stage_name(type(settings))}. A small language model trained from scratch on one machine; it makes mistakes,",
+        "knows little, and is meant for study. Load it with `SmartHaoAI.from_pretrained`, `python chat.py --model`, or `transformers`.",
+        "",
+        "## Results and settings",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items() if value is not None),
+        "- all settings: `run.yaml`; curves: `metrics.jsonl`, `loss.png`",
+        "",
+        "## Data and licences",
+        "",
+    ]
     lines += [f"- see `{path}`" for path in licences] or ["- the data named above; no licence note stands beside it"]
     return "\n".join(lines) + "\n"
 

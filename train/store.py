@@ -81,8 +81,9 @@ class TokenStore:
         self.sources = [Source(s["path"], (weights or {}).get(s["path"], 1.0), {n: tuple(s[n]) for n in SPLITS}) for s in meta["sources"]]
 
 
-def open_store(spec: Any, tokenizer: BPETokenizer, kind: str, data: DataConfig, log: Callable[[str], object] = print,
-               val_share: float | None = None) -> TokenStore:
+def open_store(
+    spec: Any, tokenizer: BPETokenizer, kind: str, data: DataConfig, log: Callable[[str], object] = print, val_share: float | None = None
+) -> TokenStore:
     """The store of the files that `spec` names, built when it is not there. kind is "pretrain" or "sft".
 
     Raises FileNotFoundError for missing files; ValueError when no row is usable, or with data.strict when any is not.
@@ -121,8 +122,9 @@ def held_out(document: bytes, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") < share * 2**64
 
 
-def _build(folder: Path, files: list[DataFile], tokenizer: BPETokenizer, kind: str, share: float, strict: bool,
-           log: Callable[[str], object]) -> None:
+def _build(
+    folder: Path, files: list[DataFile], tokenizer: BPETokenizer, kind: str, share: float, strict: bool, log: Callable[[str], object]
+) -> None:
     bad = BadRows()
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     sources: list[dict[str, Any]] = []
@@ -140,16 +142,19 @@ def _build(folder: Path, files: list[DataFile], tokenizer: BPETokenizer, kind: s
         bad.report(log)
         bad.raise_if_strict(strict)
         if counts["val"][0] and not counts["train"][0]:
-            raise ValueError(f"all {counts['val'][0]} documents are held out by data.val_share={share:g}; "
-                             f"set data.val_share=0, or add data")
+            raise ValueError(
+                f"all {counts['val'][0]} documents are held out by data.val_share={share:g}; set data.val_share=0, or add data"
+            )
         if counts["train"][0] == 0:
             names = ", ".join(str(f.path) for f in files[:3])
             wanted = "text" if kind == "pretrain" else "conversation"
             raise ValueError(f"no usable {wanted} row in {names}; `python -m tools.check_data` shows what each file holds")
         meta = {"kind": kind, "dtype": dtype, "bad": bad.total, "sources": sources}
         (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-    log(f"tokenised {counts['train'][0] + counts['val'][0]:,} documents, {counts['train'][1] + counts['val'][1]:,} tokens "
-        f"({counts['val'][0]:,} documents held out), {bad.total:,} rows skipped")
+    log(
+        f"tokenised {counts['train'][0] + counts['val'][0]:,} documents, {counts['train'][1] + counts['val'][1]:,} tokens "
+        f"({counts['val'][0]:,} documents held out), {bad.total:,} rows skipped"
+    )
 
 
 def _documents(path: Path, tokenizer: BPETokenizer, kind: str, share: float, bad: BadRows) -> Iterator[tuple[bool, Encoded]]:
@@ -252,7 +257,8 @@ class _Writer:
         self.dtype = dtype
         self.count = self.tokens = 0
         self._files: dict[str, IO[bytes]] = {
-            part: open(folder / f"{name}.{part}.bin", "wb") for part in ("tokens", "offsets", *(["mask"] if masked else []))}
+            part: open(folder / f"{name}.{part}.bin", "wb") for part in ("tokens", "offsets", *(["mask"] if masked else []))
+        }
         self._files["offsets"].write(np.int64(0).tobytes())
 
     def add(self, ids: list[int], mask: list[bool] | None) -> None:

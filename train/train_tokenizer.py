@@ -53,9 +53,12 @@ def train_tokenizer(settings: TokenizerStageConfig, log: Callable[[str], object]
     facts = {"key": key, "vocab_size": tokenizer.vocab_size, "sample_bytes": sizes, "settings": to_dict(settings.tokenizer)}
     atomic_write_text(record, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
     memory = peak_memory_mb("cpu")
-    log(f"tokenizer {out}: {tokenizer.vocab_size:,} tokens from "
+    log(
+        f"tokenizer {out}: {tokenizer.vocab_size:,} tokens from "
         + ", ".join(f"{size / 1e6:.1f} MB {language}" for language, size in sorted(sizes.items()))
-        + f" in {time.perf_counter() - start:.1f} s" + (f", peak memory {memory:,.0f} MiB" if memory else ""))
+        + f" in {time.perf_counter() - start:.1f} s"
+        + (f", peak memory {memory:,.0f} MiB" if memory else "")
+    )
     if tokenizer.vocab_size < settings.tokenizer.vocab_size:
         log(f"note: the text is too small for {settings.tokenizer.vocab_size:,} tokens; nothing more can be merged")
     for language, text in _examples(texts).items():
@@ -63,8 +66,9 @@ def train_tokenizer(settings: TokenizerStageConfig, log: Callable[[str], object]
     return tokenizer
 
 
-def sample_texts(files: list[DataFile], megabytes: float, strict: bool = False, log: Callable[[str], object] = print
-                 ) -> tuple[list[str], dict[str, int]]:
+def sample_texts(
+    files: list[DataFile], megabytes: float, strict: bool = False, log: Callable[[str], object] = print
+) -> tuple[list[str], dict[str, int]]:
     """At most `megabytes` of documents, half for each of zh and the rest, chosen by the hash of their text.
 
     The choice depends neither on the order of files nor on a random state, and memory stays within the sample's size.
@@ -122,8 +126,10 @@ def main() -> None:
     settings = parse_command_line(TokenizerStageConfig)
     if settings.dry_run:
         files = expand_paths(settings.data.pretrain_file)
-        print(f"{len(files)} files, {sum(f.path.stat().st_size for f in files) / 1e6:.1f} MB on disk -> {settings.tokenizer.vocab_size} tokens "
-              f"in {settings.out_dir}")
+        print(
+            f"{len(files)} files, {sum(f.path.stat().st_size for f in files) / 1e6:.1f} MB on disk -> "
+            f"{settings.tokenizer.vocab_size} tokens in {settings.out_dir}"
+        )
         return
     train_tokenizer(settings)
 

@@ -55,18 +55,14 @@ def _turn(turn: Any, where: str) -> Message:
         raise RowError(f"{where} has no role (its fields: {', '.join(sorted(map(str, turn))) or 'none'})")
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise RowError(
-            f"{where}: unknown role {name!r}; known are system, user, assistant, tool (or human, gpt, observation)"
-        )
+        raise RowError(f"{where}: unknown role {name!r}; known are system, user, assistant, tool (or human, gpt, observation)")
     content_field = f"{where}.{'value' if 'value' in turn and 'content' not in turn else 'content'}"
     content = turn.get("content", turn.get("value"))
     if name.lower() == "function_call":
         return assistant_turn(None, content_field, calls=content)
     calls = turn.get("tool_calls") or turn.get("function_call")
     if role == "assistant":
-        reasoning_name = next(
-            (key for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)), "reasoning_content"
-        )
+        reasoning_name = next((key for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)), "reasoning_content")
         return assistant_turn(content, content_field, turn.get(reasoning_name), f"{where}.{reasoning_name}", calls)
     if calls:
         raise RowError(f"{where}: tool_calls in a {role} turn, expected only in assistant turns")
@@ -94,9 +90,7 @@ def assistant_turn(
         if "<tool_call>" in said:
             raise RowError(f"{where} opens <tool_call> and never closes it")
     if not said.strip() and not tool_calls:
-        raise RowError(
-            f"{where} is empty" + (" (there is reasoning but no answer)" if (inner or thought).strip() else "")
-        )
+        raise RowError(f"{where} is empty" + (" (there is reasoning but no answer)" if (inner or thought).strip() else ""))
     message: Message = {"role": "assistant", "content": said}
     if (inner or thought).strip():
         message["reasoning_content"] = (inner or thought).strip()
@@ -136,9 +130,7 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RowError(f"{where}: a tool call needs a name and arguments")
-        arguments = parsed_json(
-            function.get("arguments") or {}, f"{where}: arguments of {function['name']}", strict=True
-        )
+        arguments = parsed_json(function.get("arguments") or {}, f"{where}: arguments of {function['name']}", strict=True)
         if not isinstance(arguments, dict):
             raise RowError(f"{where}: arguments of {function['name']} are {kind_of(arguments)}, expected an object")
         entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -163,11 +155,7 @@ def checked_text(value: Any, where: str, may_be_empty: bool = False) -> str:
     if isinstance(value, list):
         parts = []
         for index, part in enumerate(value):
-            text = (
-                part.get("text")
-                if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text")
-                else part
-            )
+            text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text") else part
             if not isinstance(text, str):
                 kind = f"of type {part.get('type')!r}" if isinstance(part, dict) else kind_of(part)
                 raise RowError(f"{where}[{index}] is {kind}, expected a text part")
@@ -184,11 +172,7 @@ def checked_text(value: Any, where: str, may_be_empty: bool = False) -> str:
 def _check_plain(text: str, where: str) -> None:
     found = _FORBIDDEN.search(text)
     if found:
-        what = (
-            f"the structural token {found[0]}"
-            if found[0].startswith("<")
-            else "half a character (a lone UTF-16 surrogate)"
-        )
+        what = f"the structural token {found[0]}" if found[0].startswith("<") else "half a character (a lone UTF-16 surrogate)"
         raise RowError(f"{where} contains {what}")
 
 

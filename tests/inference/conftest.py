@@ -8,7 +8,9 @@ from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 SENTENCES = [
     "你好，很高兴见到你。今天天气很好，我们去公园散步吧。",
     "The little fox runs through the quiet forest and sings a song.",
-    "一加一等于二，二加二等于四。", "Hello! How are you today?", "print('hello')\nfor i in range(3): print(i)\n",
+    "一加一等于二，二加二等于四。",
+    "Hello! How are you today?",
+    "print('hello')\nfor i in range(3): print(i)\n",
 ]
 
 
@@ -20,8 +22,16 @@ def tokenizer():
 def _make_model(tokenizer=None, seed=0, std=0.2, **changes):
     """A random model; large initial weights spread its logits, so that greedy choices are no near-ties."""
     torch.manual_seed(seed)
-    shape = dict(vocab_size=tokenizer.vocab_size if tokenizer else 97, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
-                 intermediate_size=64, max_position_embeddings=256, initializer_range=std)
+    shape = dict(
+        vocab_size=tokenizer.vocab_size if tokenizer else 97,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        initializer_range=std,
+    )
     return SmartHaoAI(HaoAIConfig(**{**shape, **changes})).eval()
 
 

@@ -190,11 +190,15 @@ def test_generate_explains_what_it_cannot_do(make_model):
         model.generate(ids[0])
 
 
-@pytest.mark.parametrize("settings", [
-    {"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 3},
-    {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.9},
-    {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 1.0, "min_p": 0.05, "repetition_penalty": 1.2},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 3},
+        {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.9},
+        {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 1.0, "min_p": 0.05, "repetition_penalty": 1.2},
+    ],
+)
 def test_same_seed_same_tokens_as_transformers(tmp_path, tokenizer, settings, make_model):
     """A saved model, loaded by transformers, chooses the same tokens from the same seed."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: parity is not checked")

@@ -125,12 +125,29 @@ def test_logprobs_are_those_of_the_unmodified_logits():
     assert torch.allclose(chosen_logprobs(logits, torch.tensor([3, 5])).double(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": -1}, {"temperature": math.nan}, {"temperature": "hot"}, {"top_p": 1.5}, {"top_k": -1},
-    {"top_k": 2.5}, {"min_p": 2}, {"repetition_penalty": 0}, {"max_new_tokens": 0}, {"max_new_tokens": True}, {"n": 0},
-    {"stop": [""]}, {"stop": [3]}, {"eos_token_id": -1}, {"seed": -1}, {"no_repeat_ngram_size": -2},
-    {"presence_penalty": math.inf}, {"min_new_tokens": 300},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": "hot"},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"n": 0},
+        {"stop": [""]},
+        {"stop": [3]},
+        {"eos_token_id": -1},
+        {"seed": -1},
+        {"no_repeat_ngram_size": -2},
+        {"presence_penalty": math.inf},
+        {"min_new_tokens": 300},
+    ],
+)
 def test_wrong_settings_name_the_field(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingSettings(**wrong)
@@ -149,20 +166,28 @@ def test_processed_logits_equal_transformers(seed):
     vocab, prompt, new = 60, 12, 3
     ids = torch.randint(0, 12, (5, prompt + new))
     logits = torch.randn(5, vocab) * 3
-    theirs = generation.LogitsProcessorList([
-        generation.RepetitionPenaltyLogitsProcessor(1.3),
-        generation.NoRepeatNGramLogitsProcessor(2),
-        generation.MinNewTokensLengthLogitsProcessor(prompt, 5, [1, 4]),
-        generation.TemperatureLogitsWarper(0.7),
-        generation.TopKLogitsWarper(25),
-        generation.TopPLogitsWarper(0.9),
-        generation.MinPLogitsWarper(0.02),
-    ])(ids, logits.clone())
+    theirs = generation.LogitsProcessorList(
+        [
+            generation.RepetitionPenaltyLogitsProcessor(1.3),
+            generation.NoRepeatNGramLogitsProcessor(2),
+            generation.MinNewTokensLengthLogitsProcessor(prompt, 5, [1, 4]),
+            generation.TemperatureLogitsWarper(0.7),
+            generation.TopKLogitsWarper(25),
+            generation.TopPLogitsWarper(0.9),
+            generation.MinPLogitsWarper(0.02),
+        ]
+    )(ids, logits.clone())
     history = TokenHistory(ids[:, :prompt], None, vocab, new)
     for column in range(prompt, prompt + new):
         history.append(ids[:, column])
     settings = SamplingSettings(
-        repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=5, eos_token_id=[1, 4], temperature=0.7,
-        top_k=25, top_p=0.9, min_p=0.02,
+        repetition_penalty=1.3,
+        no_repeat_ngram_size=2,
+        min_new_tokens=5,
+        eos_token_id=[1, 4],
+        temperature=0.7,
+        top_k=25,
+        top_p=0.9,
+        min_p=0.02,
     )
     assert torch.equal(process_logits(logits, history, settings), theirs)

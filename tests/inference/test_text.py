@@ -62,8 +62,10 @@ def test_thinking_is_separated_and_its_line_ends_dropped(tokenizer):
 def test_where_a_reply_starts(tokenizer):
     """The open <think> of a prompt makes the reply begin with thinking; a closed or an earlier one does not."""
     for text, expected in [
-        ("<|im_start|>assistant\n<think>\n", True), ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
-        ("<think><|im_start|>assistant\n", False), ("plain", False),
+        ("<|im_start|>assistant\n<think>\n", True),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
+        ("<think><|im_start|>assistant\n", False),
+        ("plain", False),
     ]:
         assert starts_in_reasoning(tokenizer, tokenizer.encode(text, parse_special=True)) is expected
 

@@ -17,9 +17,7 @@ from model.files import atomic_directory, atomic_write_bytes, atomic_write_text,
 
 
 def contents(path: Path) -> dict[str, str]:
-    return {
-        f.relative_to(path).as_posix(): f.read_text(encoding="utf-8") for f in sorted(path.rglob("*")) if f.is_file()
-    }
+    return {f.relative_to(path).as_posix(): f.read_text(encoding="utf-8") for f in sorted(path.rglob("*")) if f.is_file()}
 
 
 def fill(path: Path, version: str) -> None:
@@ -87,9 +85,7 @@ def test_an_error_while_filling_changes_nothing(error: type[BaseException], tmp_
 
 @pytest.mark.parametrize("call", range(6))
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_interruption_at_any_step_keeps_a_version(
-    when: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_at_any_step_keeps_a_version(when: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a moment in which neither the old nor the new folder can be had. Interrupts the n-th file operation."""
     target = tmp_path / "model"
     target.mkdir()

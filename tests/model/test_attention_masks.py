@@ -16,14 +16,10 @@ WINDOW = {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}
 
 
 def reference_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, WINDOW, {"n_kv_head": 4, "qk_norm": False}], ids=["full", "windows", "multi-head"]
-)
+@pytest.mark.parametrize("fields", [{}, WINDOW, {"n_kv_head": 4, "qk_norm": False}], ids=["full", "windows", "multi-head"])
 def test_a_token_changes_nothing_before_it(fields: dict, make_model, seed: int) -> None:
     """Guards: a model that sees the future trains to a loss of zero and writes nonsense."""
     model = make_model(**fields)
@@ -54,9 +50,7 @@ def test_a_window_is_that_many_keys_with_the_token_itself(window: int, make_mode
                 assert moved < 2e-6, f"a key {distance} back must not be seen by a window of {window}"
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, WINDOW, {"tie_word_embeddings": False, "qk_norm": False}], ids=["full", "windows", "untied"]
-)
+@pytest.mark.parametrize("fields", [{}, WINDOW, {"tie_word_embeddings": False, "qk_norm": False}], ids=["full", "windows", "untied"])
 def test_packed_documents_equal_separate_documents(fields: dict, make_model, seed: int) -> None:
     """Guards: attention or positions that run across a border; labels predicted from another document's last token."""
     model = make_model(**fields)
@@ -200,9 +194,7 @@ def test_explicit_attention_equals_the_kernel(kv_heads: int, masked: bool, seed:
     actual = _explicit_attention(q, k, v, mask, 0.0)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(expected)
-    gradients = zip(
-        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
-    )
+    gradients = zip(torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True)
     for ours, theirs in gradients:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -133,9 +133,7 @@ def test_random_combinations(
     """Guards: features that are right alone and wrong together."""
     torch.manual_seed(seed)
     windows = {} if window is None else {"use_sliding_window": True, "window_size": window, "window_pattern": pattern}
-    model = make_model(
-        n_kv_head=kv, qk_norm=qk_norm, tie_word_embeddings=tied, head_dim=head_dim, **windows, **SHAPES[rope]
-    )
+    model = make_model(n_kv_head=kv, qk_norm=qk_norm, tie_word_embeddings=tied, head_dim=head_dim, **windows, **SHAPES[rope])
     ids = torch.randint(61, (len(pads), 22))
     mask = torch.tensor([[0] * pad + [1] * (22 - pad) for pad in pads])
     with torch.no_grad():
@@ -213,9 +211,7 @@ def test_reorder_keeps_repeats_and_drops_rows(make_model, seed: int) -> None:
         cache.reorder(order)
         assert cache.batch_size == 4
         step = model(new, cache=cache).logits[:, 0]
-        whole = model(
-            torch.cat((ids[order], new), dim=1), attention_mask=torch.cat((mask[order], torch.ones(4, 1)), dim=1)
-        ).logits[:, -1]
+        whole = model(torch.cat((ids[order], new), dim=1), attention_mask=torch.cat((mask[order], torch.ones(4, 1)), dim=1)).logits[:, -1]
     assert_same(step, whole)
 
 

@@ -163,8 +163,7 @@ LEARNED: dict[str, list[str]] = {
     "earlier-thinking-left-out": ["1" + END, "2" + END],
     "two-answers": ["<think>\nx\n</think>\n\na" + END, "<think>\n\n</think>\n\nb" + END],
     "call-string": [
-        "<think>\n\n</think>\n\nLet me see.\n"
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京"}}\n</tool_call>' + END
+        '<think>\n\n</think>\n\nLet me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京"}}\n</tool_call>' + END
     ],
     "one-result": [
         '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>' + END,
@@ -288,10 +287,7 @@ def test_any_user_text_comes_back(tiny_tokenizer: BPETokenizer, parts: list[str]
     text = "".join(parts)
     rendered = tiny_tokenizer.render([user(text)], add_generation_prompt=True)
     assert control_count(tiny_tokenizer, rendered.ids) == 3
-    assert (
-        tiny_tokenizer.decode(rendered.ids, skip_special_tokens=False)
-        == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert tiny_tokenizer.decode(rendered.ids, skip_special_tokens=False) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_training_ids_continue_the_prompt_ids(tiny_tokenizer: BPETokenizer) -> None:
@@ -326,9 +322,7 @@ def test_unusable_conversations_are_value_errors(messages: list[dict[str, Any]],
 def test_an_imported_template_is_used_and_cannot_be_trained_on(tiny_tokenizer: BPETokenizer, tmp_path: Path) -> None:
     """Guards: a foreign checkpoint that is chatted with in our format instead of its own."""
     tiny_tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}", encoding="utf-8"
-    )
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}", encoding="utf-8")
     rendered = BPETokenizer.from_pretrained(tmp_path).render([user("a<|im_end|>"), says("b")])
     assert rendered.text == "[user] a<|im_end|>\n[assistant] b\n"
     assert not any(rendered.loss_mask) and control_count(tiny_tokenizer, rendered.ids) == 0

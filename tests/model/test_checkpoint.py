@@ -49,15 +49,11 @@ def test_save_and_load(fields: dict[str, Any], make_model, seed: int, tmp_path: 
     ids = torch.randint(61, (2, 20))
     with torch.no_grad():
         assert torch.equal(back(ids).logits, model(ids).logits)
-    assert all(p.requires_grad and not p.is_meta for p in back.parameters()) and not any(
-        b.is_meta for b in back.buffers()
-    )
+    assert all(p.requires_grad and not p.is_meta for p in back.parameters()) and not any(b.is_meta for b in back.buffers())
     back(ids, labels=ids).loss.backward()
 
 
-def test_keys_on_disk_are_those_of_transformers(
-    tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, tmp_path: Path
-) -> None:
+def test_keys_on_disk_are_those_of_transformers(tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, tmp_path: Path) -> None:
     """Guards: fused matrices or our module names in the file; a tied head stored twice; files missing or left over."""
     tiny_model.save_pretrained(tmp_path, tiny_tokenizer)
     names = set(load_file(tmp_path / "model.safetensors"))
@@ -88,9 +84,7 @@ def test_keys_on_disk_are_those_of_transformers(
         "tokenizer_config.json",
     ]
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert (
-        config["eos_token_id"] == tiny_tokenizer.eos_token_id and config["pad_token_id"] == tiny_tokenizer.pad_token_id
-    )
+    assert config["eos_token_id"] == tiny_tokenizer.eos_token_id and config["pad_token_id"] == tiny_tokenizer.pad_token_id
 
 
 def test_saving_again_keeps_other_files(tiny_model: SmartHaoAI, tmp_path: Path) -> None:
@@ -108,9 +102,7 @@ def test_loading_in_half_precision(tiny_model: SmartHaoAI, tmp_path: Path) -> No
     """Guards: rotary frequencies rounded with the weights, which moves far positions."""
     tiny_model.save_pretrained(tmp_path)
     back = SmartHaoAI.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in back.parameters()} == {
-        torch.bfloat16
-    } and back.rotary.inverse_frequency.dtype == torch.float32
+    assert {p.dtype for p in back.parameters()} == {torch.bfloat16} and back.rotary.inverse_frequency.dtype == torch.float32
     ids = torch.randint(back.config.vocab_size, (1, 20))
     with torch.no_grad():
         torch.testing.assert_close(back(ids).logits.float(), tiny_model(ids).logits, rtol=0, atol=0.02)
@@ -247,9 +239,7 @@ def test_unusual_but_valid_files(tiny_model: SmartHaoAI, tmp_path: Path) -> None
         assert torch.equal(SmartHaoAI.from_pretrained(tmp_path)(ids).logits, tiny_model(ids).logits)
 
 
-def test_an_interrupted_save_keeps_the_old_weights(
-    tiny_model: SmartHaoAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_save_keeps_the_old_weights(tiny_model: SmartHaoAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a full disk that leaves half a model in place of the whole one."""
     tiny_model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()

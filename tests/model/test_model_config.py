@@ -24,10 +24,7 @@ def test_the_account_counts_every_preset(name: str) -> None:
         account = config.account()
         assert account.parameters == real_parameters(config)
         assert account.weight_bytes(2) == 2 * account.parameters
-        assert (
-            account.body_parameters + account.head_parameters * (1 if config.tie_word_embeddings else 2)
-            == account.parameters
-        )
+        assert account.body_parameters + account.head_parameters * (1 if config.tie_word_embeddings else 2) == account.parameters
 
 
 @pytest.mark.parametrize(("name", "millions"), [("mini", 26), ("small", 64), ("medium", 104), ("base", 411)])

@@ -56,9 +56,7 @@ def test_encode_batch_equals_encode(tiny_tokenizer: BPETokenizer) -> None:
 
 def test_every_digit_stands_alone() -> None:
     """Guards: numbers that are cut differently each time, which makes arithmetic hard to learn."""
-    tokenizer = BPETokenizer.train(
-        ["2024 2024 2024 1234567890 ２０２４"] * 50, SMALLEST_VOCABULARY + 40, progress=False
-    )
+    tokenizer = BPETokenizer.train(["2024 2024 2024 1234567890 ２０２４"] * 50, SMALLEST_VOCABULARY + 40, progress=False)
     for number in ("2024", "1234567890", "x2024y"):
         assert [tokenizer.token_bytes(i) for i in tokenizer.encode(number)] == [c.encode() for c in number]
     assert len(tokenizer.encode("２０２４")) >= 4
@@ -75,22 +73,12 @@ def test_special_tokens_are_single_ids(tiny_tokenizer: BPETokenizer) -> None:
     """Guards: a turn mark made of several tokens; a mark typed in a text that becomes a real one."""
     ids = [tiny_tokenizer.encode(token, parse_special=True) for token in SPECIAL_TOKENS]
     assert all(len(found) == 1 for found in ids)
-    assert sorted(found[0] for found in ids) == list(
-        range(tiny_tokenizer.vocab_size - len(SPECIAL_TOKENS), tiny_tokenizer.vocab_size)
-    )
+    assert sorted(found[0] for found in ids) == list(range(tiny_tokenizer.vocab_size - len(SPECIAL_TOKENS), tiny_tokenizer.vocab_size))
     for token in SPECIAL_TOKENS:
         plain = tiny_tokenizer.encode(token)
         assert len(plain) > 1 and tiny_tokenizer.decode(plain) == token
-    assert (
-        tiny_tokenizer.eos_token_id
-        == tiny_tokenizer.im_end_id
-        == tiny_tokenizer.encode("<|im_end|>", parse_special=True)[0]
-    )
-    assert (
-        tiny_tokenizer.pad_token_id
-        == tiny_tokenizer.document_end_id
-        == tiny_tokenizer.encode("<|endoftext|>", parse_special=True)[0]
-    )
+    assert tiny_tokenizer.eos_token_id == tiny_tokenizer.im_end_id == tiny_tokenizer.encode("<|im_end|>", parse_special=True)[0]
+    assert tiny_tokenizer.pad_token_id == tiny_tokenizer.document_end_id == tiny_tokenizer.encode("<|endoftext|>", parse_special=True)[0]
 
 
 def test_decoding_drops_control_tokens_and_keeps_tags(tiny_tokenizer: BPETokenizer) -> None:
@@ -139,9 +127,7 @@ def test_training_is_deterministic() -> None:
 
 def test_long_words_do_not_become_tokens() -> None:
     """Guards: a base64 block or a run of one letter that fills the vocabulary and the memory."""
-    tokenizer = BPETokenizer.train(
-        ["x" * 5000, "字" * 5000, "normal words here"] * 2, SMALLEST_VOCABULARY + 60, progress=False
-    )
+    tokenizer = BPETokenizer.train(["x" * 5000, "字" * 5000, "normal words here"] * 2, SMALLEST_VOCABULARY + 60, progress=False)
     assert max(tokenizer.token_byte_lengths()) <= 64 * 3
     assert tokenizer.decode(tokenizer.encode("x" * 999)) == "x" * 999
 

@@ -46,9 +46,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def load_theirs(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 def assert_equal_logits(ours: SmartHaoAI, theirs: Any, length: int = 40) -> None:
@@ -153,19 +151,12 @@ def test_their_files_in_our_model(name: str, seed: int, tmp_path: Path) -> None:
 )
 def test_old_and_new_spellings_mean_the_same(scaling: dict | None, make_model, tmp_path: Path) -> None:
     """Guards: files of transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype)."""
-    fields = (
-        {}
-        if scaling is None
-        else {"rope_scaling": {"rope_type": scaling.get("rope_type", scaling.get("type")), **scaling}}
-    )
+    fields = {} if scaling is None else {"rope_scaling": {"rope_type": scaling.get("rope_type", scaling.get("type")), **scaling}}
     model = make_model(rope_theta=12345.0, **fields)
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     data = json.loads(file.read_text(encoding="utf-8"))
-    assert (
-        data["torch_dtype"] == data["dtype"] == "float32"
-        and data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 12345.0
-    )
+    assert data["torch_dtype"] == data["dtype"] == "float32" and data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 12345.0
     old = {
         **{k: v for k, v in data.items() if k not in ("rope_parameters", "dtype", "layer_types")},
         "rope_scaling": scaling,
@@ -223,9 +214,7 @@ def test_greedy_generation_equals_theirs(name: str, make_model, seed: int, tmp_p
     theirs = load_theirs(tmp_path)
     ids, mask = pad_left([torch.randint(1, 61, (n,)).tolist() for n in (9, 4, 12)], pad_id=0)
     actual = ours.generate(ids, attention_mask=mask, max_new_tokens=16, temperature=0)
-    expected = theirs.generate(
-        ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None
-    )
+    expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert actual.shape == expected.shape == (3, 28)
     for row in range(3):
         different = (actual[row] != expected[row]).nonzero()
@@ -237,9 +226,7 @@ def test_greedy_generation_equals_theirs(name: str, make_model, seed: int, tmp_p
                     attention_mask=torch.cat((mask[row], torch.ones(first - 12, dtype=torch.long)))[None],
                 )
             best, second = top.logits[0, -1].topk(2).values.tolist()
-            assert best - second < 1e-4, (
-                f"row {row} leaves the reference at token {first} with a margin of {best - second:.3g}"
-            )
+            assert best - second < 1e-4, f"row {row} leaves the reference at token {first} with a margin of {best - second:.3g}"
 
 
 CONVERSATIONS: list[dict[str, Any]] = [

@@ -107,9 +107,7 @@ def test_language_by_script(text: str, language: str) -> None:
 
 def test_duplicates_look_at_contents_only(tmp_path: Path) -> None:
     """The same conversation in two formats, or with another source, is not seen as a repetition."""
-    a = write(
-        tmp_path / "a.jsonl", [{**CHAT, "source": "x"}, {"prompt": "hello", "response": "你好!"}, {"text": "hello"}]
-    )
+    a = write(tmp_path / "a.jsonl", [{**CHAT, "source": "x"}, {"prompt": "hello", "response": "你好!"}, {"text": "hello"}])
     b = write(tmp_path / "b.jsonl", [CHAT, {"prompt": "hello", "completion": "你好!", "label": True}])
     reports = [check_file(a), check_file(b)]
     assert [count_duplicates([report]) for report in reports] == [1, 0]

@@ -61,8 +61,7 @@ def right_answer(probe: Probe) -> str:
     if probe.kind == "story":
         text = stories.TEXTS[probe.lang]
         forms = (*text.REQUESTS["full"], *text.RESERVED)
-        cast = next(c for c in held_out_casts(probe.lang)
-                    if any(stories.fill_request(form, c) == probe.prompt for form in forms))
+        cast = next(c for c in held_out_casts(probe.lang) if any(stories.fill_request(form, c) == probe.prompt for form in forms))
         return stories.tell(cast, rng)
     a, b = map(int, re.findall(r"\d+", probe.prompt)[:2])
     operation = probe.detail
@@ -246,8 +245,9 @@ def test_fact_check_refuses_competing_answers() -> None:
             rng = random.Random(0)
             assert all(facts.is_correct(fact, lang, facts.answer(fact, lang, rng)) for _ in range(6)), fact
             subject = fact.slots[lang]["s"].lower()
-            rivals = [f for f in facts.BY_NAME[fact.category].facts
-                      if f.keys[lang] != fact.keys[lang] and f.slots[lang]["a"].lower() != subject]
+            rivals = [
+                f for f in facts.BY_NAME[fact.category].facts if f.keys[lang] != fact.keys[lang] and f.slots[lang]["a"].lower() != subject
+            ]
             for rival in rivals:
                 assert not facts.is_correct(fact, lang, facts.answer(rival, lang, rng)), (fact, rival)
 

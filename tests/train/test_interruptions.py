@@ -79,12 +79,7 @@ STEPS = [
 def straight_weights(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> dict[str, torch.Tensor]:
     """Weights of the run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
-    assert (
-        pretrain(
-            parse_command_line(PretrainConfig, pretrain_words(folder, tokenizer_dir, "run", *STEPS)), lambda text: None
-        )
-        == 0
-    )
+    assert pretrain(parse_command_line(PretrainConfig, pretrain_words(folder, tokenizer_dir, "run", *STEPS)), lambda text: None) == 0
     return SmartHaoAI.from_pretrained(folder / "run").state_dict()
 
 
@@ -109,12 +104,8 @@ def test_a_kill_while_a_checkpoint_is_written(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these signals to one process")
-@pytest.mark.parametrize(
-    ("number", "module"), [(signal.SIGTERM, "train.train_pretrain"), (signal.SIGINT, "train.train_sft")]
-)
-def test_a_stop_signal_saves_and_resume_finishes(
-    number: signal.Signals, module: str, tmp_path: Path, tokenizer_dir: Path
-) -> None:
+@pytest.mark.parametrize(("number", "module"), [(signal.SIGTERM, "train.train_pretrain"), (signal.SIGINT, "train.train_sft")])
+def test_a_stop_signal_saves_and_resume_finishes(number: signal.Signals, module: str, tmp_path: Path, tokenizer_dir: Path) -> None:
     """Guards Ctrl-C and a termination request: the step is finished, the state saved, the exit status 130."""
     words = pretrain_words(
         tmp_path,

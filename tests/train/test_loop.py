@@ -45,9 +45,7 @@ def stores(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> dict[str, TokenStore
     data = DataConfig(store_dir=str(tmp_path / "store"), val_share=0.0)
     quiet: Callable[[str], object] = lambda text: None  # noqa: E731
     return {
-        "pretrain": open_store(
-            str(write_jsonl(tmp_path / "t.jsonl", text_rows(30))), tiny_tokenizer, "pretrain", data, quiet
-        ),
+        "pretrain": open_store(str(write_jsonl(tmp_path / "t.jsonl", text_rows(30))), tiny_tokenizer, "pretrain", data, quiet),
         "sft": open_store(str(write_jsonl(tmp_path / "c.jsonl", chat_rows(60))), tiny_tokenizer, "sft", data, quiet),
     }
 
@@ -100,9 +98,7 @@ def run(tmp_path: Path, stores: dict[str, TokenStore], tiny_tokenizer: BPETokeni
             )
         )
         source = make_source(stores[kind], settings, tiny_tokenizer.pad_token_id)
-        return model, fit(
-            settings, model, source, loss, evaluate, tokenizer=tiny_tokenizer, sample=sample, log=lambda text: None
-        )
+        return model, fit(settings, model, source, loss, evaluate, tokenizer=tiny_tokenizer, sample=sample, log=lambda text: None)
 
     return run
 
@@ -112,9 +108,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def largest_difference(first: SmartHaoAI, second: SmartHaoAI) -> float:
-    return max(
-        float((a - b).detach().abs().max()) for a, b in zip(first.parameters(), second.parameters(), strict=True)
-    )
+    return max(float((a - b).detach().abs().max()) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -123,9 +117,7 @@ def test_eight_rows_or_four_times_two(run: Fit, tmp_path: Path, optimizer: str) 
     whole, _ = run("8x1", "sft", batch_size=8, accumulation_steps=1, log_every=1, optimizer=optimizer, max_steps=4)
     split, _ = run("2x4", "sft", batch_size=2, accumulation_steps=4, log_every=1, optimizer=optimizer, max_steps=4)
     for a, b in zip(rows_of(tmp_path / "8x1"), rows_of(tmp_path / "2x4"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=1e-4
-        )
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
     assert largest_difference(whole, split) < 1e-5
 
@@ -137,9 +129,7 @@ def test_micro_batches_have_unequal_weights(stores: dict[str, TokenStore], tiny_
     assert len({source.next_batch(0.0).weights["tokens"] for _ in range(4)}) > 1
 
 
-def test_overfitting_one_document(
-    run: Fit, stores: dict[str, TokenStore], tmp_path: Path, tiny_tokenizer: BPETokenizer
-) -> None:
+def test_overfitting_one_document(run: Fit, stores: dict[str, TokenStore], tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
     """Guards that the whole of model, loss, optimiser and schedule learns: one document is known by heart."""
     file = write_jsonl(tmp_path / "one.jsonl", [{"text": "小猫在窗边睡觉，它梦见了一条鱼。"}])
     stores["pretrain"] = open_store(
@@ -235,16 +225,11 @@ def poisoned(bad_steps: set[int], value: float) -> Any:
 def test_a_step_that_is_not_finite_is_skipped(run: Fit, tmp_path: Path, value: float) -> None:
     """Guards the weights, the log (valid JSON, no NaN in the row) and the count of skipped steps."""
     before, _ = run("before", max_steps=3, log_every=1, warmup_steps=0, schedule="constant")
-    after, result = run(
-        "after", max_steps=4, log_every=2, warmup_steps=0, schedule="constant", loss=poisoned({4}, value)
-    )
+    after, result = run("after", max_steps=4, log_every=2, warmup_steps=0, schedule="constant", loss=poisoned({4}, value))
     assert largest_difference(before, after) == 0.0
     events = read_jsonl(tmp_path / "after" / "events.jsonl")
     assert [(e["step"], e["event"]) for e in events] == [(4, "skipped")]
-    rows = [
-        json.loads(line, parse_constant=pytest.fail)
-        for line in (tmp_path / "after" / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "after" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [row["skipped"] for row in rows] == [0, 1] and all(
         math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows
     )

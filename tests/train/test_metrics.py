@@ -36,9 +36,7 @@ def nats_by_hand(model: SmartHaoAI, tokenizer: BPETokenizer, text: str, context:
         if stride == context:
             seen = [end, *ids[t - t % context : t]]
         else:
-            last = (
-                context if t < context else context + (t - context) // stride * stride + stride
-            )  # tokens scored once this window is done
+            last = context if t < context else context + (t - context) // stride * stride + stride  # tokens scored once this window is done
             stop = min(last, len(ids))
             seen = [end, *ids][max(0, stop - context) : t + 1]
         assert 1 <= len(seen) <= context
@@ -56,9 +54,7 @@ def test_bits_per_byte_equal_a_computation_by_hand(
     nats = sum(nats_by_hand(tiny_model, tiny_tokenizer, text, context, stride or context) for text in TEXTS)
     assert got.bytes == sum(len(text.encode("utf-8")) for text in TEXTS)
     assert got.tokens == sum(len(tiny_tokenizer.encode(text)) for text in TEXTS)
-    assert got.nats == pytest.approx(nats, rel=1e-5) and got.bpb == pytest.approx(
-        nats / math.log(2) / got.bytes, rel=1e-5
-    )
+    assert got.nats == pytest.approx(nats, rel=1e-5) and got.bpb == pytest.approx(nats / math.log(2) / got.bytes, rel=1e-5)
 
 
 def test_bits_per_byte_do_not_depend_on_batching(
@@ -76,9 +72,7 @@ def test_bits_per_byte_do_not_depend_on_batching(
 
 
 @pytest.mark.parametrize(("context", "stride"), [(257, None), (16, 17), (16, 0), (0, None)])
-def test_impossible_windows_are_refused(
-    tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, context: int, stride: int | None
-) -> None:
+def test_impossible_windows_are_refused(tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, context: int, stride: int | None) -> None:
     """Guards a message instead of a wrong figure for a context the model does not have."""
     with pytest.raises(ValueError, match="context"):
         bits_per_byte(tiny_model, tiny_tokenizer, TEXTS, context, stride)
@@ -102,9 +96,7 @@ def test_windows_score_every_token_once(length: int, context: int, data: st.Data
     assert scored == sequence[1:]
 
 
-def test_held_out_loss_is_the_mean_over_tokens_and_bytes(
-    tmp_path: Path, tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer
-) -> None:
+def test_held_out_loss_is_the_mean_over_tokens_and_bytes(tmp_path: Path, tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
     """Guards val_loss and val_bpb against sums by hand over the same rows, independent of the batch size, and the model's mode."""
     file = write_jsonl(tmp_path / "t.jsonl", text_rows(12))
     store = open_store(
@@ -133,9 +125,7 @@ def test_held_out_loss_is_the_mean_over_tokens_and_bytes(
                 log_probs = torch.log_softmax(tiny_model.eval()(own[None]).logits[0].double(), dim=-1)
             nats -= float(log_probs[:-1].gather(1, own[1:, None]).sum())
             tokens += len(own) - 1
-            size += sum(
-                len(tiny_tokenizer.token_bytes(t)) for t in own[1:].tolist() if t != tiny_tokenizer.document_end_id
-            )
+            size += sum(len(tiny_tokenizer.token_bytes(t)) for t in own[1:].tolist() if t != tiny_tokenizer.document_end_id)
     for batch_size in (1, 4):
         got = measured(batch_size)
         assert got["val_loss"] == pytest.approx(nats / tokens, rel=1e-5) and got["val_bpb"] == pytest.approx(
@@ -181,9 +171,5 @@ def test_plot_and_report(tmp_path: Path) -> None:
     write_report(tmp_path, "运行", {"parameters": "1", "held-out loss": None}, [("从前", "有一天\n")], 90)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (
-        "# 运行" in report
-        and "- parameters: 1" in report
-        and "held-out" not in report
-        and "有一天" in report
-        and "1.5 minutes" in report
+        "# 运行" in report and "- parameters: 1" in report and "held-out" not in report and "有一天" in report and "1.5 minutes" in report
     )

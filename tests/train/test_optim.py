@@ -57,10 +57,7 @@ def test_frozen_parameters_are_left_out(name: str, tiny_model: SmartHaoAI) -> No
     """Guards fine-tuning of a part: what does not require a gradient belongs to no optimiser."""
     tiny_model.embed_tokens.weight.requires_grad_(False)
     held = {
-        id(p)
-        for o in build_optimizers(tiny_model, OptimizationConfig(optimizer=name), "cpu")
-        for g in o.param_groups
-        for p in g["params"]
+        id(p) for o in build_optimizers(tiny_model, OptimizationConfig(optimizer=name), "cpu") for g in o.param_groups for p in g["params"]
     }
     assert held == {id(p) for p in tiny_model.parameters() if p.requires_grad}
 

@@ -61,9 +61,7 @@ def test_exit_statuses(
     assert ended.value.code == status and shown.err.strip() == text and not shown.out
 
 
-def test_defects_are_not_dressed_up_as_mistakes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_defects_are_not_dressed_up_as_mistakes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the trace of a defect of the program, and that HAOAI_DEBUG shows the trace of a mistake too."""
     with pytest.raises(KeyError):
         run_main(raises(KeyError("defect")))
@@ -93,12 +91,8 @@ def test_a_missing_accelerator_is_named() -> None:
         device_name("cuda")
 
 
-@pytest.mark.parametrize(
-    ("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.95, "fp32"), (1.0, 3.0, "fp32"), (1.16, 1.0, "bf16")]
-)
-def test_precision_is_chosen_by_measurement(
-    fp32: float, bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.95, "fp32"), (1.0, 3.0, "fp32"), (1.16, 1.0, "bf16")])
+def test_precision_is_chosen_by_measurement(fp32: float, bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against bf16 where it is slower (many CPUs), and a first, slow call deciding."""
     seen: list[str] = []
 

@@ -99,9 +99,7 @@ def test_pretraining_then_fine_tuning_without_any_path(command: Command, tmp_pat
         assert "parameters" in (folder / "report.md").read_text(encoding="utf-8")
         assert "run.yaml" in (folder / "README.md").read_text(encoding="utf-8")
         assert not list(folder.rglob("*.tmp"))
-    assert "weight/pretrain" in (tmp_path / "weight" / "sft" / "report.md").read_text(encoding="utf-8").replace(
-        "\\", "/"
-    )
+    assert "weight/pretrain" in (tmp_path / "weight" / "sft" / "report.md").read_text(encoding="utf-8").replace("\\", "/")
 
 
 def test_a_filled_out_dir_is_refused_replaced_or_continued(command: Command, pretrained: Path, tmp_path: Path) -> None:
@@ -140,9 +138,7 @@ def test_overwrite_deletes_only_what_a_run_wrote(command: Command, pretrained: P
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_a_dry_run_writes_no_out_dir(
-    command: Command, pretrained: Path, tmp_path: Path, stage: str, tokenizer_dir: Path
-) -> None:
+def test_a_dry_run_writes_no_out_dir(command: Command, pretrained: Path, tmp_path: Path, stage: str, tokenizer_dir: Path) -> None:
     """Guards --dry-run: parameters, memory, tokens and time are printed, nothing is trained or kept."""
     words = [
         "out_dir=dry",
@@ -171,9 +167,7 @@ def test_a_dry_run_writes_no_out_dir(
         (["data.val_file=nowhere.jsonl"], 1, ["nowhere.jsonl"]),
     ],
 )
-def test_mistakes_are_one_line(
-    command: Command, pretrained: Path, tmp_path: Path, words: list[str], status: int, parts: list[str]
-) -> None:
+def test_mistakes_are_one_line(command: Command, pretrained: Path, tmp_path: Path, words: list[str], status: int, parts: list[str]) -> None:
     """Guards against tracebacks, and against an out_dir left by a run that never began: 2 for usage, 1 for a failed run."""
     one_error(command("sft", *SMALL, "out_dir=run", *words), status, *parts)
     assert not (tmp_path / "run").exists()
@@ -181,9 +175,7 @@ def test_mistakes_are_one_line(
 
 def test_the_checkpoints_shape_wins_over_a_preset(command: Command, pretrained: Path, tmp_path: Path) -> None:
     """Guards `model_dir`: a preset's shape is ignored, the same value given by name is accepted."""
-    status, _, err = command(
-        "pretrain", *SMALL, "out_dir=more", "model_dir=weight/pretrain", "model.preset=nano", "model.n_layer=2"
-    )
+    status, _, err = command("pretrain", *SMALL, "out_dir=more", "model_dir=weight/pretrain", "model.preset=nano", "model.n_layer=2")
     assert status == 0, err
     assert SmartHaoAI.from_pretrained(tmp_path / "more").config.n_embd == 32
 

@@ -15,9 +15,7 @@ from train.config import DataConfig
 from train.store import Split, open_store, training_turns
 
 
-def store_of(
-    tmp_path: Path, spec: Any, tokenizer: BPETokenizer, kind: str = "pretrain", share: float = 0.2, strict: bool = False
-) -> Any:
+def store_of(tmp_path: Path, spec: Any, tokenizer: BPETokenizer, kind: str = "pretrain", share: float = 0.2, strict: bool = False) -> Any:
     """Opened store; `store.log` tells whether it was built."""
     lines: list[str] = []
     store = open_store(
@@ -52,9 +50,7 @@ def test_texts_come_back_and_weights_are_not_part_of_the_store(tmp_path: Path, t
     """Guards the stored ids, the document ends around each text, and reuse when only a weight changes."""
     file = write_jsonl(tmp_path / "a.jsonl", text_rows(9))
     store = store_of(tmp_path, str(file), tiny_tokenizer)
-    assert texts(store.train, tiny_tokenizer) | texts(store.val, tiny_tokenizer) == {
-        row["text"] for row in text_rows(9)
-    }
+    assert texts(store.train, tiny_tokenizer) | texts(store.val, tiny_tokenizer) == {row["text"] for row in text_rows(9)}
     end = tiny_tokenizer.document_end_id
     assert all(store.train.tokens(i)[0] == store.train.tokens(i)[-1] == end for i in range(len(store.train)))
     weighted = store_of(tmp_path, {"path": str(file), "weight": 2}, tiny_tokenizer)
@@ -133,9 +129,7 @@ def test_bad_rows_are_counted_and_reported(tmp_path: Path, tiny_tokenizer: BPETo
     ],
 )
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
-def test_unusable_files_are_a_clear_error(
-    name: str, data: bytes, kind: str, tmp_path: Path, tiny_tokenizer: BPETokenizer
-) -> None:
+def test_unusable_files_are_a_clear_error(name: str, data: bytes, kind: str, tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
     """Guards against a crash or an empty store; nothing half written is left."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"no usable .*{name}"):

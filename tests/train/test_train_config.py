@@ -30,20 +30,14 @@ STAGES = [TokenizerStageConfig, PretrainConfig, SFTConfig]
 
 
 def all_stages() -> dict[str, type[StageConfig]]:
-    kinds = [
-        k
-        for k in vars(settings_module).values()
-        if isinstance(k, type) and issubclass(k, StageConfig) and k is not StageConfig
-    ]
+    kinds = [k for k in vars(settings_module).values() if isinstance(k, type) and issubclass(k, StageConfig) and k is not StageConfig]
     return {stage_name(kind): kind for kind in kinds}
 
 
 def test_later_layers_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the order defaults < preset < config file < dotted words, whatever the order of the words."""
     monkeypatch.setattr(settings_module, "CONFIG_FOLDER", tmp_path)
-    (tmp_path / "pretrain_tiny.yaml").write_text(
-        "train: {lr: 0.1, batch_size: 3, seed: 1}\nmodel: {n_layer: 3}\n", encoding="utf-8"
-    )
+    (tmp_path / "pretrain_tiny.yaml").write_text("train: {lr: 0.1, batch_size: 3, seed: 1}\nmodel: {n_layer: 3}\n", encoding="utf-8")
     file = tmp_path / "mine.yaml"
     file.write_text("train: {batch_size: 4, seed: 2}\n", encoding="utf-8")
     got = parse_command_line(PretrainConfig, ["train.seed=5", "--config", str(file), "--preset=tiny"])
@@ -75,12 +69,7 @@ def test_yaml_text_numbers_none_lists_and_bools(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     got = parse_command_line(SFTConfig, ["--config", str(file)])
-    assert (
-        got.train.lr == 3e-4
-        and got.data.strict is True
-        and got.data.val_file == ["a.txt", "b.txt"]
-        and got.model_dir is None
-    )
+    assert got.train.lr == 3e-4 and got.data.strict is True and got.data.val_file == ["a.txt", "b.txt"] and got.model_dir is None
     assert got.model == {}
     words = ["model_dir=none", "data.sft_file=[a.jsonl, {path: b.jsonl, weight: 2}]", "data.strict=1", "--dry-run"]
     got = parse_command_line(SFTConfig, words)

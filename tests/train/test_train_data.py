@@ -265,12 +265,8 @@ def test_conversations_longer_than_the_context(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    turns=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6), length=st.integers(4, 40)
-)
-def test_no_answer_that_fits_is_cut(
-    tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int]], length: int
-) -> None:
+@given(turns=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6), length=st.integers(4, 40))
+def test_no_answer_that_fits_is_cut(tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int]], length: int) -> None:
     """Guards against answers cut in two or learned twice: whatever fits beside a token of its question is learned whole, once."""
     mask = [m for prompt, answer in turns for m in turn(prompt, answer)]
     store = write_store(tmp_path_factory.mktemp("cut"), numbered([len(mask)]), [mask])
@@ -298,17 +294,13 @@ def test_nothing_to_learn_at_all_is_an_error(tmp_path: Path) -> None:
 def test_a_context_shorter_than_a_turn_gives_no_nan(tmp_path: Path) -> None:
     """Guards finite losses and gradients when rows hold padding, cut turns and few labels."""
     store = write_store(tmp_path, numbered([30, 40, 9]), [turn(26, 3), turn(2, 37), turn(6, 2)])
-    model = SmartHaoAI(
-        HaoAIConfig(vocab_size=90, n_layer=1, n_head=2, n_embd=16, intermediate_size=32, max_position_embeddings=8)
-    )
+    model = SmartHaoAI(HaoAIConfig(vocab_size=90, n_layer=1, n_head=2, n_embd=16, intermediate_size=32, max_position_embeddings=8))
     source = PackedConversations(store, 2, 5, PAD)
     for _ in range(4):
         batch = source.next_batch()
         term = lm_loss(model, batch)[0]
         term.total.backward()
-        assert torch.isfinite(term.total) and all(
-            torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
-        )
+        assert torch.isfinite(term.total) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
         assert batch.weights["tokens"] > 0
 
 

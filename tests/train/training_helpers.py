@@ -74,10 +74,7 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def text_rows(count: int) -> list[dict[str, str]]:
-    return [
-        {"text": f"小猫第{i}次在窗边睡觉。The quick brown fox jumps over {i} lazy dogs and {i * 7 % 13} cats."}
-        for i in range(count)
-    ]
+    return [{"text": f"小猫第{i}次在窗边睡觉。The quick brown fox jumps over {i} lazy dogs and {i * 7 % 13} cats."} for i in range(count)]
 
 
 def chat_rows(count: int) -> list[dict[str, Any]]:

@@ -17,57 +17,115 @@ OPERATIONS = (ADD, SUBTRACT, MULTIPLY, COMPARE)
 WEIGHTS = (0.40, 0.33, 0.17, 0.10)
 
 QUESTIONS = {
-    ("en", ADD): ("{a} + {b} = ?", "What is {a} + {b}?", "How much is {a} + {b}?", "What is {a} plus {b}?",
-                  "Add {a} and {b}.", "Please work out {a} + {b}.", "{a}+{b}=?", "How much is {a} plus {b}?"),
-    ("en", SUBTRACT): ("{a} - {b} = ?", "What is {a} - {b}?", "How much is {a} - {b}?", "What is {a} minus {b}?",
-                       "Take {b} away from {a}.", "Please work out {a} - {b}.", "{a}-{b}=?",
-                       "How much is {a} minus {b}?"),
-    ("en", MULTIPLY): ("{a} × {b} = ?", "What is {a} × {b}?", "How much is {a} × {b}?", "What is {a} times {b}?",
-                       "Please work out {a} × {b}.", "{a}×{b}=?", "How much is {a} times {b}?"),
-    ("en", COMPARE): ("Which is {more}, {a} or {b}?", "Which number is {more}, {a} or {b}?",
-                      "Tell me the {more} number: {a} or {b}.", "Look at {a} and {b}. Which is {more}?"),
-    ("zh", ADD): ("{a} + {b} = ?", "{a} + {b} 等于多少？", "{a}加{b}等于多少？", "{a}加{b}是多少？",
-                  "请算一算 {a} + {b}。", "{a}+{b}=？", "{a}+{b}等于几？"),
-    ("zh", SUBTRACT): ("{a} - {b} = ?", "{a} - {b} 等于多少？", "{a}减{b}等于多少？", "{a}减{b}是多少？",
-                       "请算一算 {a} - {b}。", "{a}-{b}=？", "{a}-{b}等于几？"),
-    ("zh", MULTIPLY): ("{a} × {b} = ?", "{a} × {b} 等于多少？", "{a}乘{b}等于多少？", "{a}乘{b}是多少？",
-                       "请算一算 {a} × {b}。", "{a}×{b}=？", "{a}×{b}等于几？"),
-    ("zh", COMPARE): ("{a} 和 {b} 哪个更{more}？", "{a}和{b}哪个数更{more}？", "告诉我更{more}的数：{a} 还是 {b}？",
-                      "看一看 {a} 和 {b}，哪个更{more}？"),
+    ("en", ADD): (
+        "{a} + {b} = ?",
+        "What is {a} + {b}?",
+        "How much is {a} + {b}?",
+        "What is {a} plus {b}?",
+        "Add {a} and {b}.",
+        "Please work out {a} + {b}.",
+        "{a}+{b}=?",
+        "How much is {a} plus {b}?",
+    ),
+    ("en", SUBTRACT): (
+        "{a} - {b} = ?",
+        "What is {a} - {b}?",
+        "How much is {a} - {b}?",
+        "What is {a} minus {b}?",
+        "Take {b} away from {a}.",
+        "Please work out {a} - {b}.",
+        "{a}-{b}=?",
+        "How much is {a} minus {b}?",
+    ),
+    ("en", MULTIPLY): (
+        "{a} × {b} = ?",
+        "What is {a} × {b}?",
+        "How much is {a} × {b}?",
+        "What is {a} times {b}?",
+        "Please work out {a} × {b}.",
+        "{a}×{b}=?",
+        "How much is {a} times {b}?",
+    ),
+    ("en", COMPARE): (
+        "Which is {more}, {a} or {b}?",
+        "Which number is {more}, {a} or {b}?",
+        "Tell me the {more} number: {a} or {b}.",
+        "Look at {a} and {b}. Which is {more}?",
+    ),
+    ("zh", ADD): (
+        "{a} + {b} = ?",
+        "{a} + {b} 等于多少？",
+        "{a}加{b}等于多少？",
+        "{a}加{b}是多少？",
+        "请算一算 {a} + {b}。",
+        "{a}+{b}=？",
+        "{a}+{b}等于几？",
+    ),
+    ("zh", SUBTRACT): (
+        "{a} - {b} = ?",
+        "{a} - {b} 等于多少？",
+        "{a}减{b}等于多少？",
+        "{a}减{b}是多少？",
+        "请算一算 {a} - {b}。",
+        "{a}-{b}=？",
+        "{a}-{b}等于几？",
+    ),
+    ("zh", MULTIPLY): (
+        "{a} × {b} = ?",
+        "{a} × {b} 等于多少？",
+        "{a}乘{b}等于多少？",
+        "{a}乘{b}是多少？",
+        "请算一算 {a} × {b}。",
+        "{a}×{b}=？",
+        "{a}×{b}等于几？",
+    ),
+    ("zh", COMPARE): (
+        "{a} 和 {b} 哪个更{more}？",
+        "{a}和{b}哪个数更{more}？",
+        "告诉我更{more}的数：{a} 还是 {b}？",
+        "看一看 {a} 和 {b}，哪个更{more}？",
+    ),
 }
 RESERVED = {
-    ("en", ADD): ("Put {a} and {b} together. How much do you get?",
-                  "I have {a} and I get {b} more. What number is it?"),
+    ("en", ADD): ("Put {a} and {b} together. How much do you get?", "I have {a} and I get {b} more. What number is it?"),
     ("en", SUBTRACT): ("Start with {a} and take off {b}. What number is it?", "How far is it from {b} up to {a}?"),
     ("en", MULTIPLY): ("What do {a} groups of {b} make?", "Count {b} again and again, {a} times. What number is it?"),
-    ("en", COMPARE): ("{a} against {b}: which one is {more}?",
-                      "Here are two numbers, {a} and {b}. Find the {more} one."),
+    ("en", COMPARE): ("{a} against {b}: which one is {more}?", "Here are two numbers, {a} and {b}. Find the {more} one."),
     ("zh", ADD): ("把 {a} 和 {b} 合起来是多少？", "先有 {a}，又来了 {b}，加在一起是几？"),
     ("zh", SUBTRACT): ("从 {a} 里拿走 {b}，是几？", "{a} 比 {b} 多多少？"),
     ("zh", MULTIPLY): ("{a} 个 {b} 合起来是多少？", "把 {b} 连着加 {a} 次，是几？"),
     ("zh", COMPARE): ("{a} 和 {b} 比一比，谁更{more}？", "这里有 {a} 和 {b} 两个数，找出更{more}的。"),
 }
 COMPARE_WORDS = {"en": {"big": "bigger", "small": "smaller"}, "zh": {"big": "大", "small": "小"}}
-WORD_NUMBERS = {"en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-                "zh": ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九", "十")}
+WORD_NUMBERS = {
+    "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    "zh": ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九", "十"),
+}
 
 # (English plural, Chinese counting word and noun)
-THINGS = (("apples", "个苹果"), ("books", "本书"), ("flowers", "朵花"), ("eggs", "个鸡蛋"), ("pens", "支笔"),
-          ("balls", "个球"), ("cups", "个杯子"), ("bananas", "根香蕉"), ("hats", "顶帽子"), ("stones", "块石头"))
+THINGS = (
+    ("apples", "个苹果"),
+    ("books", "本书"),
+    ("flowers", "朵花"),
+    ("eggs", "个鸡蛋"),
+    ("pens", "支笔"),
+    ("balls", "个球"),
+    ("cups", "个杯子"),
+    ("bananas", "根香蕉"),
+    ("hats", "顶帽子"),
+    ("stones", "块石头"),
+)
 PEOPLE = {"en": ("Tom", "Mia", "Ben", "Lily", "Sam", "Anna"), "zh": ("乐乐", "丽丽", "豆豆", "圆圆", "冬冬", "月月")}
 # (operation, problem, answer): {n} and {m} are two people, {t} the things.
 PROBLEMS = {
     "en": (
         (ADD, "{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?", "{n} has {r} {t} now."),
-        (ADD, "There are {a} {t} in a box. {n} puts in {b} more. How many {t} are in the box?",
-         "There are {r} {t} in the box."),
-        (ADD, "{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?",
-         "They have {r} {t} together."),
+        (ADD, "There are {a} {t} in a box. {n} puts in {b} more. How many {t} are in the box?", "There are {r} {t} in the box."),
+        (ADD, "{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?", "They have {r} {t} together."),
         (SUBTRACT, "{n} has {a} {t}. {n} gives {b} to {m}. How many {t} does {n} have left?", "{n} has {r} {t} left."),
         (SUBTRACT, "There are {a} {t} in a box. {n} takes out {b}. How many {t} are left?", "There are {r} {t} left."),
         (MULTIPLY, "There are {a} boxes. Each box has {b} {t}. How many {t} are there?", "There are {r} {t}."),
-        (MULTIPLY, "{a} children have {b} {t} each. How many {t} do they have together?",
-         "They have {r} {t} together."),
+        (MULTIPLY, "{a} children have {b} {t} each. How many {t} do they have together?", "They have {r} {t} together."),
     ),
     "zh": (
         (ADD, "{n}有 {a} {t}，{m}又给了{n} {b} {t}。{n}现在有多少{t}？", "{n}现在有 {r} {t}。"),
@@ -165,8 +223,9 @@ def steps(operation: str, a: int, b: int, lang: str, want: str = "big") -> str:
         second = f"{tens}{a // 10} + {b // 10} + {carry} = {a // 10 + b // 10 + carry}"
     else:
         borrow = int(a % 10 < b % 10)
-        first = f"{ones}{a % 10 + 10 * borrow} - {b % 10} = {a % 10 + 10 * borrow - b % 10}{comma}" + \
-            (f"borrow {borrow}" if en else f"借 {borrow}")
+        first = f"{ones}{a % 10 + 10 * borrow} - {b % 10} = {a % 10 + 10 * borrow - b % 10}{comma}" + (
+            f"borrow {borrow}" if en else f"借 {borrow}"
+        )
         second = f"{tens}{a // 10} - {b // 10} - {borrow} = {a // 10 - b // 10 - borrow}"
     return f"{start}{stop}{first}{stop}{second}{stop}{end}"
 
@@ -203,8 +262,7 @@ def word_problem(lang: str, rng: random.Random) -> tuple[str, str, str]:
         if result(operation, a, b) >= 2 and not is_held_out(operation, a, b):
             break
     n, m = rng.sample(PEOPLE[lang], 2)
-    slots = {"n": n, "m": m, "t": rng.choice(THINGS)[0 if lang == "en" else 1], "a": a, "b": b,
-             "r": result(operation, a, b)}
+    slots = {"n": n, "m": m, "t": rng.choice(THINGS)[0 if lang == "en" else 1], "a": a, "b": b, "r": result(operation, a, b)}
     return problem.format_map(slots), steps(operation, a, b, lang), reply.format_map(slots)
 
 

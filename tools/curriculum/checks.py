@@ -16,21 +16,37 @@ STORY_ENDINGS = {
 _CJK = re.compile(r"[\u4e00-\u9fff]")
 _LETTER = re.compile(r"[A-Za-z]")
 _GREETING_WORDS = {
-    "en": {"hello": r"\b(hello|hi|hey|nice to meet|good (morning|afternoon|evening))\b",
-           "how": r"\bI('m| am)\b.*\b(fine|well|good|great)\b",
-           "thanks": r"\b(welcome|happy to help|no problem)\b",
-           "bye": r"\b(bye|goodbye|see you|good night|nice day)\b"},
-    "zh": {"hello": r"你好|您好|高兴(见到|认识)|早上好|下午好|晚上好", "how": r"很好|不错|挺好",
-           "thanks": r"不客气|不用谢|能帮到你",
-           "bye": r"再见|下次见|明天见|拜拜|晚安"},
+    "en": {
+        "hello": r"\b(hello|hi|hey|nice to meet|good (morning|afternoon|evening))\b",
+        "how": r"\bI('m| am)\b.*\b(fine|well|good|great)\b",
+        "thanks": r"\b(welcome|happy to help|no problem)\b",
+        "bye": r"\b(bye|goodbye|see you|good night|nice day)\b",
+    },
+    "zh": {
+        "hello": r"你好|您好|高兴(见到|认识)|早上好|下午好|晚上好",
+        "how": r"很好|不错|挺好",
+        "thanks": r"不客气|不用谢|能帮到你",
+        "bye": r"再见|下次见|明天见|拜拜|晚安",
+    },
 }
 _SELF = r"SmartHaoAI|小好|language model|语言模型"
 _IDENTITY_WORDS = {
-    "en": {"who": _SELF, "what": r"model|program", "maker": r"SmartHaoAI", "can": r"answer|sums|stor(y|ies)|talk|help",
-           "limits": r"wrong|mistake|do not know", "language": r"Chinese and English|English and Chinese"},
-    "zh": {"who": _SELF, "what": r"模型|程序", "maker": r"SmartHaoAI", "can": r"回答|算|故事|说中文",
-           "limits": r"错|不多|不知道",
-           "language": r"中文和英文|英文和中文|中文和英语"},
+    "en": {
+        "who": _SELF,
+        "what": r"model|program",
+        "maker": r"SmartHaoAI",
+        "can": r"answer|sums|stor(y|ies)|talk|help",
+        "limits": r"wrong|mistake|do not know",
+        "language": r"Chinese and English|English and Chinese",
+    },
+    "zh": {
+        "who": _SELF,
+        "what": r"模型|程序",
+        "maker": r"SmartHaoAI",
+        "can": r"回答|算|故事|说中文",
+        "limits": r"错|不多|不知道",
+        "language": r"中文和英文|英文和中文|中文和英语",
+    },
 }
 _OTHER_MODELS = re.compile(r"GPT|OpenAI|Qwen|Claude|Gemini|DeepSeek|Llama|通义|千问|文心|豆包", re.IGNORECASE)
 
@@ -45,14 +61,14 @@ def in_language(text: str, lang: str) -> bool:
 
 def sentences(text: str) -> list[str]:
     """The sentences of an English or Chinese text, without their end marks."""
-    return [part.strip(" \n\"“”") for part in re.split(r"[.!?。！？]+[\"”]?", text) if part.strip(" \n\"“”")]
+    return [part.strip(' \n"“”') for part in re.split(r"[.!?。！？]+[\"”]?", text) if part.strip(' \n"“”')]
 
 
 def has_repeat(text: str, lang: str) -> bool:
     """True if a run of REPEAT_WINDOW[lang] words (English) or characters (Chinese) occurs twice."""
     units = re.findall(r"[a-z']+", text.lower()) if lang == "en" else _CJK.findall(text)
     size = REPEAT_WINDOW[lang]
-    runs = [tuple(units[i:i + size]) for i in range(len(units) - size + 1)]
+    runs = [tuple(units[i : i + size]) for i in range(len(units) - size + 1)]
     return len(set(runs)) < len(runs)
 
 
@@ -69,8 +85,12 @@ def check_greeting(text: str, lang: str, kind: str) -> bool:
 
 def check_identity(text: str, lang: str, kind: str) -> bool:
     """Names itself or says that it is a language model, answers what was asked, claims to be no other model."""
-    return (in_language(text, lang) and not _OTHER_MODELS.search(text) and bool(re.search(_SELF, text))
-            and bool(re.search(_IDENTITY_WORDS[lang][kind], text)))
+    return (
+        in_language(text, lang)
+        and not _OTHER_MODELS.search(text)
+        and bool(re.search(_SELF, text))
+        and bool(re.search(_IDENTITY_WORDS[lang][kind], text))
+    )
 
 
 def check_sum(text: str, result: int) -> bool:

@@ -8,13 +8,24 @@ from collections.abc import Iterator
 from tools.curriculum import arithmetic, definitions, dialogue, facts, stories
 
 DOCUMENT_WEIGHTS = {"story": 38, "facts": 22, "sums": 18, "dialogue": 12, "description": 10}
-CONVERSATION_WEIGHTS = {"fact": 27, "sum": 20, "story": 13, "identity": 10, "greeting": 8, "definition": 7,
-                        "word_problem": 5, "multi_turn": 5, "translate": 3, "unknown": 2}
-OPENERS = {"en": ("Hi! ", "Please tell me: ", "I have a question. ", "Hello, SmartHaoAI. "),
-           "zh": ("请问，", "你好，", "我想问一下，", "小好，")}
+CONVERSATION_WEIGHTS = {
+    "fact": 27,
+    "sum": 20,
+    "story": 13,
+    "identity": 10,
+    "greeting": 8,
+    "definition": 7,
+    "word_problem": 5,
+    "multi_turn": 5,
+    "translate": 3,
+    "unknown": 2,
+}
+OPENERS = {
+    "en": ("Hi! ", "Please tell me: ", "I have a question. ", "Hello, SmartHaoAI. "),
+    "zh": ("请问，", "你好，", "我想问一下，", "小好，"),
+}
 _SPEAKERS = {
-    "en": ("{n} asked: \"{q}\"\n{m} said: \"{a}\"", "{n} asked {m}: \"{q}\"\n{m} answered: \"{a}\"",
-           "Question: {q}\nAnswer: {a}"),
+    "en": ('{n} asked: "{q}"\n{m} said: "{a}"', '{n} asked {m}: "{q}"\n{m} answered: "{a}"', "Question: {q}\nAnswer: {a}"),
     "zh": ("{n}问：“{q}”\n{m}说：“{a}”", "“{q}”{n}问。\n“{a}”{m}回答。", "问：{q}\n答：{a}"),
 }
 
@@ -30,8 +41,7 @@ def _join(sentences: list[str], lang: str) -> str:
 
 def _facts_document(lang: str, rng: random.Random) -> str:
     pool = rng.choice(facts.CATEGORIES).facts if rng.random() < 0.5 else facts.FACTS
-    return _join([facts.statement(fact, lang, rng) for fact in rng.sample(pool, min(len(pool), rng.randint(4, 6)))],
-                 lang)
+    return _join([facts.statement(fact, lang, rng) for fact in rng.sample(pool, min(len(pool), rng.randint(4, 6)))], lang)
 
 
 def _description_document(lang: str, rng: random.Random) -> str:
@@ -59,9 +69,13 @@ def _story_document(lang: str, rng: random.Random) -> str:
     return stories.tell(stories.taught_cast(lang, rng), rng)
 
 
-_DOCUMENTS = {"story": _story_document, "facts": _facts_document, "sums": arithmetic.prose,
-              "dialogue": _dialogue_document,
-              "description": _description_document}
+_DOCUMENTS = {
+    "story": _story_document,
+    "facts": _facts_document,
+    "sums": arithmetic.prose,
+    "dialogue": _dialogue_document,
+    "description": _description_document,
+}
 
 
 def pretrain_documents(seed: int, count: int) -> Iterator[dict[str, str]]:
@@ -104,8 +118,7 @@ def _turn(kind: str, lang: str, rng: random.Random) -> tuple[str, ...]:
     if kind == "identity":
         question, reply = dialogue.identity(lang, rng)
         return (_opened(question, lang, rng) if rng.random() < 0.5 else question), reply
-    return {"greeting": dialogue.greeting, "translate": dialogue.translate,
-            "unknown": dialogue.unknown}[kind](lang, rng)
+    return {"greeting": dialogue.greeting, "translate": dialogue.translate, "unknown": dialogue.unknown}[kind](lang, rng)
 
 
 def _multi_turn(lang: str, rng: random.Random) -> list[tuple[str, ...]]:

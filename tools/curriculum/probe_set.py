@@ -1,6 +1,6 @@
 """Held-out prompts with strict checks, and pass rates with Wilson intervals.
 
-    for probe in probes(): passed = probe.check(answer_of(probe.messages))
+for probe in probes(): passed = probe.check(answer_of(probe.messages))
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ LANGUAGES = ("en", "zh")
 
 # Words below are reserved for the probes: nothing in this file may be used by the generators.
 GREETING_ENDS = {
-    "en": {"hello": (" to you, little model!", ", my small friend!", ", dear helper!", " from me!", " once more!",
-                     ", I am here!"),
-           "thanks": (" for your help!", ", my small friend!", ", dear helper!", " for everything!",
-                      ", that was good!"),
-           "bye": (", my small friend!", ", dear helper!", ", it was fun!")},
-    "zh": {"hello": ("，小模型！", "，我的小朋友！", "，小帮手！", "，我来了！", "，又见面了！", "，在吗？"),
-           "thanks": ("你的帮助！", "，我的小朋友！", "，小帮手！", "，帮了大忙！", "，讲得真好！"),
-           "bye": ("，我的小朋友！", "，小帮手！", "，今天很开心！")},
+    "en": {
+        "hello": (" to you, little model!", ", my small friend!", ", dear helper!", " from me!", " once more!", ", I am here!"),
+        "thanks": (" for your help!", ", my small friend!", ", dear helper!", " for everything!", ", that was good!"),
+        "bye": (", my small friend!", ", dear helper!", ", it was fun!"),
+    },
+    "zh": {
+        "hello": ("，小模型！", "，我的小朋友！", "，小帮手！", "，我来了！", "，又见面了！", "，在吗？"),
+        "thanks": ("你的帮助！", "，我的小朋友！", "，小帮手！", "，帮了大忙！", "，讲得真好！"),
+        "bye": ("，我的小朋友！", "，小帮手！", "，今天很开心！"),
+    },
 }
 HOW_STARTS = {"en": ("My friend! ", "Dear helper! ", "Here I am. "), "zh": ("我的小朋友，", "小帮手，", "我来了。")}
 IDENTITY = {
     "en": {
-        "who": ("What name do people use for you?", "Say your name, please.", "Could you say who you are?",
-                "I forgot your name. What is it?"),
-        "what": ("Are you alive, or are you a program?", "Is a person writing these words?",
-                 "What kind of thing are you?"),
+        "who": (
+            "What name do people use for you?",
+            "Say your name, please.",
+            "Could you say who you are?",
+            "I forgot your name. What is it?",
+        ),
+        "what": ("Are you alive, or are you a program?", "Is a person writing these words?", "What kind of thing are you?"),
         "maker": ("Which people made you?", "Who was it that made you?", "Who taught you to talk?"),
         "can": ("Which things can you do for me?", "What are you able to do?"),
         "limits": ("Could you tell me something wrong?", "Is everything you say true?"),
@@ -48,8 +53,7 @@ IDENTITY = {
         "language": ("你会不会两种语言？", "我们可以用哪几种语言说话？"),
     },
 }
-STARTS = {"en": ("By the way: ", "Before we begin: ", "One thing I wonder: "),
-          "zh": ("顺便问一下，", "先问个小问题：", "我有点好奇，")}
+STARTS = {"en": ("By the way: ", "Before we begin: ", "One thing I wonder: "), "zh": ("顺便问一下，", "先问个小问题：", "我有点好奇，")}
 
 _SHARES = {arithmetic.ADD: 0.40, arithmetic.SUBTRACT: 0.32, arithmetic.MULTIPLY: 0.16, arithmetic.COMPARE: 0.12}
 
@@ -84,18 +88,20 @@ def _greetings(lang: str, rng: random.Random) -> list[Probe]:
         if kind == "how":
             texts = [start + prompt for start in HOW_STARTS[lang] for prompt in prompts]
         else:
-            plain = [prompt for prompt in prompts if prompt not in ("I have to go now", "Many thanks", "我要走了",
-                                                                    "太谢谢你了")]
+            plain = [prompt for prompt in prompts if prompt not in ("I have to go now", "Many thanks", "我要走了", "太谢谢你了")]
             texts = [prompt + end for end in GREETING_ENDS[lang][kind] for prompt in plain]
-        found += [_probe("greeting", lang, text, partial(checks.check_greeting, lang=lang, kind=kind), kind)
-                  for text in texts]
+        found += [_probe("greeting", lang, text, partial(checks.check_greeting, lang=lang, kind=kind), kind) for text in texts]
     rng.shuffle(found)
     return found
 
 
 def _identities(lang: str, rng: random.Random) -> list[Probe]:
-    found = [_probe("identity", lang, start + question, partial(checks.check_identity, lang=lang, kind=kind), kind)
-             for kind, questions in IDENTITY[lang].items() for question in questions for start in ("", *STARTS[lang])]
+    found = [
+        _probe("identity", lang, start + question, partial(checks.check_identity, lang=lang, kind=kind), kind)
+        for kind, questions in IDENTITY[lang].items()
+        for question in questions
+        for start in ("", *STARTS[lang])
+    ]
     rng.shuffle(found)
     return found
 
@@ -133,8 +139,11 @@ def _sums(lang: str, rng: random.Random, count: int) -> list[Probe]:
             (a, b), side, i = halves[number % 2].pop()
             want = rng.choice(("big", "small"))
             result = arithmetic.result(operation, a, b, want)
-            found.append(_probe("sum", lang, arithmetic.fill(wordings[side][i], a, b, lang, want),
-                                partial(checks.check_sum, result=result), operation))
+            found.append(
+                _probe(
+                    "sum", lang, arithmetic.fill(wordings[side][i], a, b, lang, want), partial(checks.check_sum, result=result), operation
+                )
+            )
     rng.shuffle(found)
     return found
 
@@ -143,9 +152,16 @@ def _stories(lang: str, rng: random.Random) -> list[Probe]:
     casts = stories.held_out_casts(lang)
     rng.shuffle(casts)
     text = stories.TEXTS[lang]
-    return [_probe("story", lang, stories.fill_request(rng.choice(text.RESERVED if i % 2 else text.REQUESTS["full"]),
-                                                       cast),
-                   partial(checks.check_story, cast=cast), cast.kind) for i, cast in enumerate(casts)]
+    return [
+        _probe(
+            "story",
+            lang,
+            stories.fill_request(rng.choice(text.RESERVED if i % 2 else text.REQUESTS["full"]), cast),
+            partial(checks.check_story, cast=cast),
+            cast.kind,
+        )
+        for i, cast in enumerate(casts)
+    ]
 
 
 def probes(seed: int = 0, per_kind: int = 50) -> list[Probe]:
@@ -162,8 +178,7 @@ def probes(seed: int = 0, per_kind: int = 50) -> list[Probe]:
             if kind == "sum":
                 pool = _sums(lang, rng, per_kind)
             else:
-                pool = {"greeting": _greetings, "identity": _identities, "fact": _facts,
-                        "story": _stories}[kind](lang, rng)
+                pool = {"greeting": _greetings, "identity": _identities, "fact": _facts, "story": _stories}[kind](lang, rng)
             unique = list({probe.prompt: probe for probe in pool}.values())
             if len(unique) < per_kind:
                 raise ValueError(f"per_kind is {per_kind}, but {lang} has {len(unique)} {kind} prompts; ask for fewer")
@@ -184,8 +199,7 @@ def wilson(passed: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 def _cell(results: list[bool]) -> dict[str, float]:
     low, high = wilson(sum(results), len(results))
-    return {"passed": sum(results), "total": len(results), "rate": sum(results) / len(results), "low": low,
-            "high": high}
+    return {"passed": sum(results), "total": len(results), "rate": sum(results) / len(results), "low": low, "high": high}
 
 
 def score(answers: Iterable[tuple[Probe, str] | tuple[Probe, str, str]]) -> dict:
@@ -205,5 +219,9 @@ def score(answers: Iterable[tuple[Probe, str] | tuple[Probe, str, str]]) -> dict
             groups.setdefault(key(probe), []).append(passed)
         return {name: _cell(values) for name, values in groups.items()}
 
-    return {"overall": _cell([passed for _, passed in results]), "kinds": group(lambda probe: probe.kind),
-            "langs": group(lambda probe: probe.lang), "cells": group(lambda probe: f"{probe.kind}/{probe.lang}")}
+    return {
+        "overall": _cell([passed for _, passed in results]),
+        "kinds": group(lambda probe: probe.kind),
+        "langs": group(lambda probe: probe.lang),
+        "cells": group(lambda probe: f"{probe.kind}/{probe.lang}"),
+    }

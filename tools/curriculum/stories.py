@@ -18,19 +18,35 @@ PLACE_IDS: tuple[str, ...] = tuple(stories_en.PLACES)
 # plot -> the objects that fit it; a plot without a choice names its own object or none
 PLOT_OBJECTS: dict[str, tuple[str, ...]] = {
     "lost": ("kite", "ball", "hat", "scarf", "drum", "boat", "car", "key", "bell", "book"),
-    "tree": ("kite", "hat", "scarf", "ball"), "rain": ("umbrella",), "dark": ("lamp",), "share": ("cake",),
+    "tree": ("kite", "hat", "scarf", "ball"),
+    "rain": ("umbrella",),
+    "dark": ("lamp",),
+    "share": ("cake",),
     "seed": ("flower",),
-    "broken": ("drum", "boat", "clock", "car", "lamp"), "found": ("key", "bell", "book", "hat", "scarf", "ball",
-                                                                  "kite"),
-    "bridge": ("bridge",), "race": (), "learn": (), "sick": ("book", "flower", "hat", "scarf"),
+    "broken": ("drum", "boat", "clock", "car", "lamp"),
+    "found": ("key", "bell", "book", "hat", "scarf", "ball", "kite"),
+    "bridge": ("bridge",),
+    "race": (),
+    "learn": (),
+    "sick": ("book", "flower", "hat", "scarf"),
 }
 # the sentence of each plot that may be left out without a gap
-_OPTIONAL = {"lost": 1, "tree": 2, "rain": 3, "dark": 4, "share": 3, "seed": 2, "broken": 2, "found": 1, "bridge": 2,
-             "race": 1,
-             "learn": 2, "sick": 2}
+_OPTIONAL = {
+    "lost": 1,
+    "tree": 2,
+    "rain": 3,
+    "dark": 4,
+    "share": 3,
+    "seed": 2,
+    "broken": 2,
+    "found": 1,
+    "bridge": 2,
+    "race": 1,
+    "learn": 2,
+    "sick": 2,
+}
 THEME_OBJECTS: tuple[str, ...] = tuple(stories_en.OBJECTS)
-_PLOTS_WITH = {obj: tuple(plot for plot, objects in PLOT_OBJECTS.items() if obj in objects and plot != "sick")
-               for obj in THEME_OBJECTS}
+_PLOTS_WITH = {obj: tuple(plot for plot, objects in PLOT_OBJECTS.items() if obj in objects and plot != "sick") for obj in THEME_OBJECTS}
 _OTHER_CHILD = {"he": "girl", "she": "boy"}
 _REQUEST_WEIGHTS = {"full": 30, "hero": 14, "name": 10, "kind": 14, "place": 8, "object": 14, "any": 10}
 
@@ -53,8 +69,14 @@ def is_held_out(lang: str, hero: str, kind: str, place: str) -> bool:
 
 def casts(lang: str) -> list[Cast]:
     """Every combination of name, kind and place: a boy has a boy's name, a girl a girl's, an animal any."""
-    return [Cast(lang, hero, gender, kind, place) for gender, names in TEXTS[lang].NAMES.items() for hero in names
-            for kind in KIND_IDS if kind != _OTHER_CHILD[gender] for place in PLACE_IDS]
+    return [
+        Cast(lang, hero, gender, kind, place)
+        for gender, names in TEXTS[lang].NAMES.items()
+        for hero in names
+        for kind in KIND_IDS
+        if kind != _OTHER_CHILD[gender]
+        for place in PLACE_IDS
+    ]
 
 
 def names(lang: str) -> tuple[str, ...]:
@@ -62,8 +84,7 @@ def names(lang: str) -> tuple[str, ...]:
     return TEXTS[lang].NAMES["he"] + TEXTS[lang].NAMES["she"]
 
 
-_TAUGHT = {lang: [cast for cast in casts(lang) if not is_held_out(lang, cast.hero, cast.kind,
-                                                                  cast.place)] for lang in TEXTS}
+_TAUGHT = {lang: [cast for cast in casts(lang) if not is_held_out(lang, cast.hero, cast.kind, cast.place)] for lang in TEXTS}
 
 
 def _person_slots(cast: Cast) -> dict[str, str]:

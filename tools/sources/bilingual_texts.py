@@ -22,12 +22,13 @@ MORAL_QUESTIONS = {
     "en": ("{}\nWhat is the moral of this story?", "Read this story and tell me its moral.\n{}", "{}\nWhat does this story teach us?"),
 }
 TO_ENGLISH = ("把这句话翻译成英文：{}", "“{}”用英语怎么说？", "请翻译成英语：{}", "Translate into English: {}")
-TO_CHINESE = ("Translate into Chinese: {}", "How do you say \"{}\" in Chinese?", "把这句话翻译成中文：{}", "请翻译成中文：{}")
+TO_CHINESE = ("Translate into Chinese: {}", 'How do you say "{}" in Chinese?', "把这句话翻译成中文：{}", "请翻译成中文：{}")
 PAIRS_PER_PAGE = 10
 
 
 def fables(lang: str) -> Callable[[Archives], Iterator[Unit]]:
     """A reader of the short stories of one language; the right one of five offered morals makes a chat row."""
+
     def read(archives: Archives) -> Iterator[Unit]:
         folder = "evals/registry/data/parable-to-moral-match"
         content = member(archives["evals"], f"{folder}/parable-to-moral-match-{lang}.jsonl").decode("utf-8")
@@ -44,17 +45,22 @@ def fables(lang: str) -> Callable[[Archives], Iterator[Unit]]:
             broken = lang == "en" and (len(story) < 150 or re.search(r"[a-z][,;][a-z]", story) or _LIFE.search(story[:120]))
             if not broken and not UNSUITABLE.search(story) and joined.isdisjoint(re.findall("[a-z]+", story.lower())):
                 yield Unit(story, lang, rows if short else ())
+
     return read
 
 
 # Not a story but somebody's life, with a saying of theirs.
-_LIFE = re.compile(r"\b(is|was|are|were) (an? |the |one of |often |widely |regarded |known |considered |as )+[\w' -]*?(american|canadian|"
-                   r"english|british|german|french|indian|greek|roman|singer|actor|actress|president|scientist|physicist|philosopher|"
-                   r"author|naturalist|founding fathers|gurus)\b", re.IGNORECASE)
+_LIFE = re.compile(
+    r"\b(is|was|are|were) (an? |the |one of |often |widely |regarded |known |considered |as )+[\w' -]*?(american|canadian|"
+    r"english|british|german|french|indian|greek|roman|singer|actor|actress|president|scientist|physicist|philosopher|"
+    r"author|naturalist|founding fathers|gurus)\b",
+    re.IGNORECASE,
+)
 
 
-_GLUE = frozenset("the this that and his her him was had with from your their them when then which have been for of to as it he you my "
-                  "very".split())
+_GLUE = frozenset(
+    "the this that and his her him was had with from your their them when then which have been for of to as it he you my very".split()
+)
 
 
 def _joined_words(stories: list[str]) -> set[str]:
@@ -84,10 +90,14 @@ def sentences(archives: Archives) -> Iterator[Unit]:
             pairs.setdefault(row["hsk_level"], []).append((zh, en))
     for level, listed in sorted(pairs.items()):
         for start in range(0, len(listed), PAIRS_PER_PAGE):
-            page = listed[start:start + PAIRS_PER_PAGE]
-            rows = tuple(exchange(choice(TO_ENGLISH, zh).format(zh.rstrip("。") if "“{}”" in choice(TO_ENGLISH, zh) else zh), en)
-                         if draw("direction", zh) < 0.5 else exchange(choice(TO_CHINESE, en).format(en), zh)
-                         for zh, en in page if not UNSUITABLE.search(f"{zh} {en}"))
+            page = listed[start : start + PAIRS_PER_PAGE]
+            rows = tuple(
+                exchange(choice(TO_ENGLISH, zh).format(zh.rstrip("。") if "“{}”" in choice(TO_ENGLISH, zh) else zh), en)
+                if draw("direction", zh) < 0.5
+                else exchange(choice(TO_CHINESE, en).format(en), zh)
+                for zh, en in page
+                if not UNSUITABLE.search(f"{zh} {en}")
+            )
             yield Unit("\n".join(f"{zh}\n{en}" for zh, en in page), "both", rows, priority=-level)
 
 

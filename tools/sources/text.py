@@ -26,8 +26,27 @@ class Unit:
 
 # Full-width letters and digits become ASCII; Chinese punctuation (also in that block) stays what it is.
 _WIDTH = {code: chr(code - 0xFEE0) for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
-_ODD = {0x3000: " ", 0xA0: " ", 0xFF0E: ".", 0xFF05: "%", 0xFF0F: "/", 0xFF0D: "-", 0xFE50: "，", 0xFE51: "、", 0xFE52: "。", 0xFE54: "；",
-        0xFE55: "：", 0xFF61: "。", 0xFF64: "、", 0x2022: "·", 0x30FB: "·", 0xFF65: "·", 0x2028: "\n", 0x2029: "\n", 0x85: "\n"}
+_ODD = {
+    0x3000: " ",
+    0xA0: " ",
+    0xFF0E: ".",
+    0xFF05: "%",
+    0xFF0F: "/",
+    0xFF0D: "-",
+    0xFE50: "，",
+    0xFE51: "、",
+    0xFE52: "。",
+    0xFE54: "；",
+    0xFE55: "：",
+    0xFF61: "。",
+    0xFF64: "、",
+    0x2022: "·",
+    0x30FB: "·",
+    0xFF65: "·",
+    0x2028: "\n",
+    0x2029: "\n",
+    0x85: "\n",
+}
 _TABLE = {**_WIDTH, **_ODD}
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffc\ufffd]")
 _HAN = "\u4e00-\u9fff"
@@ -35,13 +54,17 @@ _NEXT_TO_HAN = re.compile(f"(?<=[{_HAN}”》）])\\s*([,;:?!])\\s*|([,;:?!])\\s
 _FULL = str.maketrans(",;:?!", "，；：？！")
 
 # Frequent characters that only Traditional text uses: one of them marks a unit as not yet converted.
-TRADITIONAL = re.compile("[們來時個這為學國會後對說過還進發東車長門問間開關書馬鳥魚風飛雲電話語讀寫詩歲萬與無樂從聽見當應實現點動種經頭"
-                         "處邊遠樹葉紅綠黃銀錢鐘龍鳳雞張陳劉楊趙孫諸將軍戰爭愛親兒將畫筆墨紙遊園舊憶淚歸淺漢滿澤濃濕燈煙獨獻環盡監]")
+TRADITIONAL = re.compile(
+    "[們來時個這為學國會後對說過還進發東車長門問間開關書馬鳥魚風飛雲電話語讀寫詩歲萬與無樂從聽見當應實現點動種經頭"
+    "處邊遠樹葉紅綠黃銀錢鐘龍鳳雞張陳劉楊趙孫諸將軍戰爭愛親兒將畫筆墨紙遊園舊憶淚歸淺漢滿澤濃濕燈煙獨獻環盡監]"
+)
 # Not a judgement of people: rows with these words are simply left out of a small chat model's examples.
 UNSUITABLE = re.compile(
     r"\b(sex\w*|porn\w*|nude|naked|damn\w*|hell|crap|shit\w*|fuck\w*|ass|bitch\w*|bastard|idiot|stupid|suck\w*|kill\w*|murder\w*|suicid\w*|"
     r"die|dead|death|drunk|drugs?|weed|gun|rape\w*|racis\w*|nazi\w*|hitler|trump|hillary|clinton|obama|terroris\w*)\b"
-    r"|色情|裸体|强奸|妓|嫖|淫|性交|卖淫|毒品|自杀|他妈|操你|傻逼|傻B|狗屁|王八|婊|混蛋|放屁|纳粹|恐怖分子", re.IGNORECASE)
+    r"|色情|裸体|强奸|妓|嫖|淫|性交|卖淫|毒品|自杀|他妈|操你|傻逼|傻B|狗屁|王八|婊|混蛋|放屁|纳粹|恐怖分子",
+    re.IGNORECASE,
+)
 LINK = re.compile(r"https?:|www\.|\.(com|cn|net|org)\b|@|\bQQ\b|\d{7,}", re.IGNORECASE)
 
 
