@@ -122,7 +122,7 @@ class OptimizationConfig:
     """Steps between evaluations on held-out data; 0: at the end only."""
     eval_tokens: int = 40_000
     """Held-out tokens per evaluation."""
-    sample_every: int = 0
+    sample_every: int = 500
     """Steps between sample generations; 0: at the end only."""
     max_skipped_steps: int = 5
     """Stop after this many steps in a row whose loss or gradient is not finite."""
