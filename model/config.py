@@ -194,8 +194,8 @@ class Account:
     def training_bytes(self, batch_size: int, context: int, mixed_precision: bool = False) -> int:
         """Estimate of a training step's peak: fp32 weights, gradients and two AdamW moments, plus saved activations.
 
-        The activation term counts the tensors autograd keeps per block (norm inputs, q, k, v, attention output, three
-        feed-forward tensors) and one chunk of logits with its gradient; it is an estimate, good to some tens of percent.
+        The activation term counts the tensors autograd keeps per block (norm inputs, q, k, v, attention weights and
+        output, four feed-forward tensors) and one chunk of logits with its gradient; it is an estimate, good to some tens of percent.
         """
         c = self.config
         act = 2 if mixed_precision else 4
@@ -204,6 +204,7 @@ class Account:
             + (c.n_head + 2 * c.kv_heads) * c.head_size * 2 * act  # q, k, v before and after the rotation
             + c.n_head * c.head_size * act
             + 4 * c.ffn_size * act
+            + 2 * c.n_head * context * act  # attention weights, where they are stored
         )
         tokens = batch_size * context
         weights_and_state = self.parameters * 4 * 4 + (self.parameters * 2 if mixed_precision else 0)

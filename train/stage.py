@@ -16,7 +16,7 @@ from model.files import atomic_write_text
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from train.checkpoints import FOLDER, newest_checkpoint
-from train.config import StageConfig, TokenizerStageConfig, UsageError, stage_name
+from train.config import StageConfig, TokenizerConfig, TokenizerStageConfig, UsageError, stage_name
 from train.data import BatchSource, evaluation_batches, make_source
 from train.loop import Evaluate, FitResult, fit
 from train.losses import lm_loss
@@ -61,7 +61,10 @@ def load_tokenizer(settings: StageConfig, log: Callable[[str], object] = print) 
         return BPETokenizer.from_pretrained(find_model(settings.model_dir))
     if not (Path(DEFAULT_TOKENIZER) / "tokenizer.json").is_file():
         log(f"there is no tokenizer in {DEFAULT_TOKENIZER} yet: training it first")
-        tokenizer = replace(settings.tokenizer, vocab_size=settings.model_shape().get("vocab_size", settings.tokenizer.vocab_size))
+        size = settings.model.get("vocab_size")  # a size set by name wins over a preset's
+        if size is None and settings.tokenizer.vocab_size == TokenizerConfig.vocab_size:
+            size = settings.model_shape().get("vocab_size")
+        tokenizer = replace(settings.tokenizer, vocab_size=int(size or settings.tokenizer.vocab_size))
         return train_tokenizer(TokenizerStageConfig(out_dir=DEFAULT_TOKENIZER, data=settings.data, tokenizer=tokenizer), log)
     return BPETokenizer.from_pretrained(DEFAULT_TOKENIZER)
 
