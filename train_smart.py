@@ -41,7 +41,7 @@ from train.train_pretrain import pretrain
 from train.train_sft import sft
 from train.train_tokenizer import train_tokenizer
 
-PRETRAIN_SHARE, SFT_SHARE = 0.54, 0.33  # of the minutes; the rest is data, tokenizer and evaluation
+PRETRAIN_SHARE, SFT_SHARE = 0.52, 0.30  # of the minutes; the rest is data, tokenizer and evaluation
 VALIDATION_KB = 100
 REAL_WEIGHT = 0.5  # passes over the real texts per pass over the generated ones
 SAMPLE_QUESTIONS = (

@@ -7,64 +7,22 @@ from collections.abc import Iterator
 
 from tools.curriculum import arithmetic, definitions, dialogue, facts, stories
 
-DOCUMENT_WEIGHTS = {"story": 28, "facts": 20, "sums": 24, "dialogue": 20, "description": 8}
+DOCUMENT_WEIGHTS = {"story": 38, "facts": 22, "sums": 18, "dialogue": 12, "description": 10}
 CONVERSATION_WEIGHTS = {
-    "fact": 28,
-    "sum": 25,
-    "story": 9,
-    "identity": 12,
-    "greeting": 6,
-    "definition": 6,
-    "word_problem": 4,
+    "fact": 27,
+    "sum": 20,
+    "story": 13,
+    "identity": 10,
+    "greeting": 8,
+    "definition": 7,
+    "word_problem": 5,
     "multi_turn": 5,
     "translate": 3,
     "unknown": 2,
 }
 OPENERS = {
-    "en": (
-        "Hi! ",
-        "Please tell me: ",
-        "I have a question. ",
-        "Hello, SmartHaoAI. ",
-        "Excuse me, ",
-        "Can you help me? ",
-        "Quick question: ",
-        "I want to know: ",
-        "Please help me with this: ",
-        "My teacher asked me: ",
-        "Here is a question for you: ",
-        "Good morning! ",
-        "Hey, ",
-        "Tell me, please: ",
-        "I am a little lost. ",
-        "Now a new question: ",
-        "Well, ",
-        "OK, next one: ",
-        "My little sister asks: ",
-        "Something easy: ",
-    ),
-    "zh": (
-        "请问，",
-        "你好，",
-        "我想问一下，",
-        "小好，",
-        "请告诉我，",
-        "帮我想一想：",
-        "我有一个问题：",
-        "老师问我，",
-        "打扰一下，",
-        "早上好，",
-        "我想知道，",
-        "下一个问题：",
-        "妹妹问，",
-        "那么，",
-        "请教一下，",
-        "来一个简单的：",
-        "嗨，",
-        "麻烦你告诉我，",
-        "好的，现在我问你，",
-        "我不太明白，",
-    ),
+    "en": ("Hi! ", "Please tell me: ", "I have a question. ", "Hello, SmartHaoAI. "),
+    "zh": ("请问，", "你好，", "我想问一下，", "小好，"),
 }
 _SPEAKERS = {
     "en": ('{n} asked: "{q}"\n{m} said: "{a}"', '{n} asked {m}: "{q}"\n{m} answered: "{a}"', "Question: {q}\nAnswer: {a}"),
@@ -139,8 +97,8 @@ def pretrain_documents(seed: int, count: int) -> Iterator[dict[str, str]]:
 
 
 def _opened(question: str, lang: str, rng: random.Random) -> str:
-    """A question, one time in three after a short opening; requests ("Tell me ...") stay as they are."""
-    return rng.choice(OPENERS[lang]) + question if question[-1] in "?？" and rng.random() < 0.35 else question
+    """A question, one time in four after a short opening; requests ("Tell me ...") stay as they are."""
+    return rng.choice(OPENERS[lang]) + question if question[-1] in "?？" and rng.random() < 0.25 else question
 
 
 def _turn(kind: str, lang: str, rng: random.Random) -> tuple[str, ...]:
