@@ -94,7 +94,7 @@ def test_quick_writes_the_promised_layout(catalogue, tmp_path):
     assert all(set(row) == {"conversations"} for row in rows(out / "sft/curriculum.jsonl"))
     page = (out / "SOURCES.md").read_text(encoding="utf-8")
     assert "alpha 1 (PyPI)" in page and "MIT" in page and prepare_data.PACKAGES["beta"].sha256 in page
-    assert any(f"train.train_pretrain data.pretrain_file={out.as_posix()}/pretrain" in line for line in said)
+    assert any("real text:" in line for line in said)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -342,3 +342,13 @@ def test_every_example_in_the_format_guides_is_read():
     blocks = [block.split("```")[0] for guide in guides for block in guide.split("```json\n")[1:]]
     examples = [line for block in blocks for line in block.strip().splitlines()]
     assert len(examples) >= 15 and all(recognise(json.loads(line)) for line in examples)
+
+
+def test_the_command_ends_with_the_commands_to_go_on_with(tmp_path, capsys, monkeypatch):
+    """A newcomer must not have to guess which settings read the folder that was just written."""
+    monkeypatch.setitem(prepare_data.CURRICULUM_ROWS, "sample", (20, 20))
+    out = tmp_path / "sample"
+    assert prepare_data.main(["--recipe", "sample", "--out", str(out), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    for command in ("train_tokenizer data.pretrain_file", "train_pretrain data.pretrain_file", "train_sft data.sft_file"):
+        assert f"{command}={out.as_posix()}/" in said
