@@ -204,8 +204,12 @@ def test_ctrl_c_stops_the_answer_and_twice_quits(terminal):
     child.expect("stopped; press Ctrl-C again")
     child.send("/thinking off\r")
     child.expect("thinking: off")
+    child.expect("You>")
+    time.sleep(0.5)
     child.sendintr()
     child.expect("press Ctrl-C again")
+    child.expect("You>")
+    time.sleep(0.5)  # a key pressed while the prompt is being set up is lost, here as for a person
     child.sendintr()
     child.expect("Goodbye")
     child.wait()

@@ -78,7 +78,8 @@ def test_impossible_arguments(words, tmp_path):
 def test_interrupted_run_goes_on_and_finished_stages_are_reused(tmp_path):
     """Ctrl-C during pretraining keeps the state; the same command finishes; a third run trains nothing."""
     out = tmp_path / "weight"
-    words = ["--recipe", "sample", "--minutes", "0.8", "--per-kind", "2", "--out", str(out)]
+    # One thread: two training processes with a thread per core each would wait for one another most of the time.
+    words = ["--recipe", "sample", "--minutes", "0.5", "--per-kind", "2", "--threads", "1", "--out", str(out)]
     command = [sys.executable, str(ROOT / "train_smart.py"), *words]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
     deadline = time.monotonic() + 300
@@ -86,15 +87,15 @@ def test_interrupted_run_goes_on_and_finished_stages_are_reused(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "run the same command again" in said
     stopped_at = max(int(p.name.split("_")[1]) for p in (out / "pretrain" / "checkpoints").iterdir())
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=900)
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"at step {stopped_at}" in second.stdout
     assert json.loads((out / "report.json").read_text(encoding="utf-8"))["probes"]["overall"]["total"] == 20
     before = (out / "sft" / "model.safetensors").read_bytes()
-    third = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    third = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=900)
     assert third.returncode == 0 and third.stdout.count("finished earlier, reused") == 2
     assert (out / "sft" / "model.safetensors").read_bytes() == before
