@@ -34,7 +34,7 @@ from train.config import (
     TokenizerConfig,
     TokenizerStageConfig,
     UsageError,
-    to_dict,
+    to_yaml,
 )
 from train.runtime import Precision, choose_precision, describe_machine, device_name, format_minutes, run_main, set_threads, timed
 from train.train_pretrain import pretrain
@@ -267,7 +267,8 @@ def run_stage(settings: StageConfig, run: Any) -> int:
     out = Path(settings.out_dir)
     if (out / "report.md").is_file() and (out / "run.yaml").is_file():
         found = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
-        if {**found, "train": None} == {**to_dict(settings), "train": None}:
+        wanted = yaml.safe_load(to_yaml(settings))
+        if {**found, "train": None} == {**wanted, "train": None}:
             print(f"{out}: finished earlier, reused")
             return 0
         raise UsageError(f"{out} was trained with other settings or data; replace it with --overwrite, or name another folder with --out")
