@@ -3,7 +3,7 @@
 from model.attention import RMSNorm, RotaryEmbedding, SmartAttention
 from model.cache import KVCache
 from model.config import HaoAIConfig
-from model.feedforward import SmartFeedForward
+from model.feedforward import MixtureOfExperts, SmartFeedForward
 from model.tokenizer import BPETokenizer
 from model.transformer import ModelOutput, SmartHaoAI, SmartTransformerBlock
 
@@ -11,6 +11,7 @@ __all__ = [
     "BPETokenizer",
     "HaoAIConfig",
     "KVCache",
+    "MixtureOfExperts",
     "ModelOutput",
     "RMSNorm",
     "RotaryEmbedding",

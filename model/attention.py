@@ -37,9 +37,14 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: HaoAIConfig) -> None:
         super().__init__()
-        frequencies, self.attention_scale = rotary_frequencies(config)
         self.inverse_frequency: Tensor
-        self.register_buffer("inverse_frequency", frequencies, persistent=False)
+        self.register_buffer("inverse_frequency", None, persistent=False)
+        self.reset(config)
+
+    def reset(self, config: HaoAIConfig, device: torch.device | str | None = None) -> None:
+        """Compute the frequencies again: after the module was moved without its values."""
+        frequencies, self.attention_scale = rotary_frequencies(config)
+        self.inverse_frequency = frequencies.to(device)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[:, None, :, None].float() * self.inverse_frequency  # (B, 1, T, D/2)
@@ -131,7 +136,7 @@ class SmartAttention(nn.Module):
         self.window = config.layer_window(layer)
         self.layer = layer
         self.dropout = config.attention_dropout
-        self.qkv_proj = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.qkv_proj = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config.attention_bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None

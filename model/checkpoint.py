@@ -1,87 +1,232 @@
-"""A model directory in the layout of transformers: config.json, model.safetensors, the tokenizer's files.
+"""A model directory in the layout of transformers: config.json, weights as safetensors (one file, or shards with an index), the
+tokenizer's files.
 
-What only standard parts make up is written as `qwen3` (QK-norm) or `llama` and loads there unchanged; the rest is written as
-`haoai` with every field. This file owns the translation of names; inside, q/k/v and gate/up are fused, on disk they are not.
+What only standard parts make up is written under the model_type of transformers that computes it (`llama`, `qwen2`, `mistral`, `qwen3`,
+`mixtral`, `qwen3_moe`) and loads there unchanged; the rest is written as `haoai` with every field. `model/disk_config.py` owns the
+names in config.json; this file owns those of the tensors (inside, q/k/v, gate/up and the experts are fused, on disk they are not) and
+how they are read and written.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import HaoAIConfig
+from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, load_config, model_type, portability_notes
 from model.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text, recover_directory, sync
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
     from model.transformer import SmartHaoAI
 
-WEIGHTS_FILE, CONFIG_FILE, GENERATION_FILE = "model.safetensors", "config.json", "generation_config.json"
+WEIGHTS_FILE, INDEX_FILE, GENERATION_FILE = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+CHECKSUMS = "crc32"  # entry in a safetensors file's metadata: {tensor name: checksum of its bytes}
 RESULTS_FOLDER = "weight"  # local by convention: a name in it is never looked up online
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "haoai": "SmartHaoAI"}
-
-# our field -> its name in a transformers config
-FIELD_NAMES = {
-    "vocab_size": "vocab_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "attention_dropout": "attention_dropout",
-    "initializer_range": "initializer_range",
-    "use_cache": "use_cache",
-    "dropout": "residual_dropout",
-}
+MAX_SHARD_BYTES = 4 * 2**30
+NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, computed here
 
 
-def save_pretrained(model: SmartHaoAI, path: str | Path, tokenizer: BPETokenizer | None = None) -> None:
-    """Write (or replace) the model files of `path`; other files that stand there are kept."""
+class WeightSource(Protocol):
+    """Tensors under the key names of transformers, wherever they come from."""
+
+    file: Path
+    """What messages about these weights name."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+def save_pretrained(
+    model: SmartHaoAI,
+    path: str | Path,
+    tokenizer: BPETokenizer | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write (or replace) the model files of `path`; other files that stand there are kept.
+
+    Weights of more than `max_shard_bytes` are written in shards with an index.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
         generation = {
-            "eos_token_id": [tokenizer.im_end_id, tokenizer.document_end_id],
+            "eos_token_id": tokenizer.stop_ids,
             "pad_token_id": tokenizer.pad_token_id,
             "do_sample": True,
             "temperature": 0.7,
             "top_p": 0.9,
             "top_k": 40,
         }
+        if tokenizer.bos_token_id is not None:
+            generation["bos_token_id"] = tokenizer.bos_token_id
         atomic_write_text(path / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
-    config = config_to_disk(model.config, tokenizer)
-    save_weights(weights_to_disk(model.state_dict(), model.config), path / WEIGHTS_FILE)
+    save_sharded(weights_to_disk(model.state_dict(), model.config), path, dtype, max_shard_bytes)
+    config = config_to_disk(model.config, tokenizer, dtype)
     atomic_write_text(path / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """model.safetensors, or model-00001-of-00003.safetensors and so on with their index; files of an earlier save are removed."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"the size of a shard must be positive, not {max_shard_bytes}")
+    size = torch.empty((), dtype=dtype).element_size()
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in weights.items():
+        if shards[-1] and filled + tensor.numel() * size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.numel() * size
+    files = [WEIGHTS_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        save_weights({name: weights[name] for name in names}, folder / file, dtype)
+    if len(shards) > 1:
+        total = sum(tensor.numel() for tensor in weights.values()) * size
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        atomic_write_text(folder / INDEX_FILE, json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")
+    for old in [folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors"), folder / INDEX_FILE]:
+        if old.name not in files and not (old.name == INDEX_FILE and len(shards) > 1):
+            old.unlink(missing_ok=True)
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
+    """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
+    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, temporary, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
+    sync(temporary)
+    os.replace(temporary, file)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+# ----------------------------------------------------------------------------------------------- loading
 
 
 def load_pretrained(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SmartHaoAI:
     """Read a model directory. FileNotFoundError or ValueError say what is missing or does not fit."""
+    path = find_model(path)
+    return build_model(load_config(path), open_weights(path), device, dtype)
+
+
+def build_model(
+    config: HaoAIConfig, source: WeightSource, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> SmartHaoAI:
+    """A model of `config` with the weights of `source`, in evaluation mode.
+
+    Names and shapes are checked first (see `fill`); then each tensor is read and copied to its place, so that the weights
+    exist only once in memory. ValueError names a tensor that is missing, not expected, or of another shape.
+    """
+    from model.attention import RotaryEmbedding
     from model.transformer import SmartHaoAI
 
-    path = find_model(path)
-    config = load_config(path)
-    weights = weights_from_disk(load_weights(path / WEIGHTS_FILE), config, path / WEIGHTS_FILE)
     with torch.device("meta"):
         model = SmartHaoAI(config)
-    model.load_state_dict({name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}, assign=True)
+    model.to(dtype).to_empty(device=device)  # addresses only: memory is taken when a tensor is copied
+    fill(model, source)
     for module in model.modules():
-        if hasattr(module, "inverse_frequency"):
-            from model.attention import rotary_frequencies
-
-            module.inverse_frequency = rotary_frequencies(config)[0].to(device)
+        if isinstance(module, RotaryEmbedding):  # not a weight: computed, and always fp32
+            module.reset(config, device)
     return model.eval()
+
+
+@torch.no_grad()
+def fill(model: SmartHaoAI, source: WeightSource) -> None:
+    """Copy the weights of `source` into the model, tensor by tensor. Raises ValueError where they do not fit."""
+    _check_weights(model.config, source)
+    for name, place in weights_to_disk(model.state_dict(), model.config).items():
+        place.copy_(source.tensor(name))
+
+
+def open_weights(folder: Path) -> SafetensorsWeights:
+    """The weights of a model directory, whole or in shards. FileNotFoundError names a file that is missing."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return SafetensorsWeights([folder / WEIGHTS_FILE])
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        hint = f"; {other[0]} is a pickled file, which is never read: convert it to safetensors" if other else ""
+        raise FileNotFoundError(f"the weights {folder / WEIGHTS_FILE} are missing{hint}")
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a readable index of shards: {error!r}") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file of this folder")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {len(names)} files; missing: {', '.join(missing)}")
+    return SafetensorsWeights([folder / name for name in names], index)
+
+
+class SafetensorsWeights:
+    """Tensors of one or several safetensors files, mapped into memory and read one at a time."""
+
+    def __init__(self, files: list[Path], index: Path | None = None) -> None:
+        self.file = index or files[0]
+        self._readers: dict[str, tuple[Path, Any]] = {}
+        self._checksums: dict[str, int] = {}
+        for file in files:
+            reader = _open(file)
+            try:
+                self._checksums.update(json.loads((reader.metadata() or {}).get(CHECKSUMS, "{}")))
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged: its checksums cannot be read") from error
+            for name in reader.keys():
+                if name in self._readers:
+                    raise ValueError(f"{name} stands in {self._readers[name][0]} and in {file}")
+                self._readers[name] = (file, reader)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(reader.get_slice(name).get_shape()) for name, (_, reader) in self._readers.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor. ValueError when its bytes are not those that were saved (known only for files written here)."""
+        file, reader = self._readers[name]
+        try:
+            tensor = reader.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: {name} cannot be read: {error}") from error
+        if name in self._checksums and _checksum(tensor) != self._checksums[name]:
+            raise ValueError(f"{file} is damaged: the bytes of {name} are not those that were saved (checksum)")
+        return tensor
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"the weights {file} are missing")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}") from error
+
+
+def load_weights(file: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, by the names they have there. ValueError when it is cut off, altered or not safetensors."""
+    source = SafetensorsWeights([file])
+    return {name: source.tensor(name).clone() for name in source.shapes()}
 
 
 def find_model(path: str | Path) -> Path:
@@ -111,193 +256,83 @@ def find_model(path: str | Path) -> Path:
         ) from error
 
 
-def load_config(path: str | Path) -> HaoAIConfig:
-    """The HaoAIConfig of a model directory. ValueError names what this code base cannot express."""
-    file = Path(path) / CONFIG_FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is not a model directory: it has no {CONFIG_FILE}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(data).__name__}")
-    return config_from_disk(data, file)
+# --------------------------------------------------------------------------------------- names of tensors
 
 
-def config_to_disk(config: HaoAIConfig, tokenizer: BPETokenizer | None = None) -> dict[str, Any]:
-    """config.json with the old and the new spellings of every field that was renamed."""
-    kind = model_type(config)
-    data: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": "float32",
-        "dtype": "float32",
-        "transformers_version": "4.51.0",
-    }
-    for ours, theirs in FIELD_NAMES.items():
-        data[theirs] = getattr(config, ours)
-    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
-    rope["rope_type"] = rope.pop("type", rope["rope_type"])
-    data.update(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, rope_parameters=rope)
-    if kind == "qwen3":
-        windows = [config.layer_window(i) for i in range(config.n_layer)]
-        data.update(
-            use_sliding_window=config.use_sliding_window,
-            sliding_window=config.window_size if config.use_sliding_window else None,
-            layer_types=["full_attention" if w is None else "sliding_attention" for w in windows],
-            max_window_layers=next((i for i, w in enumerate(windows) if w is not None), config.n_layer),
-        )
-    if config.use_sliding_window or kind == "haoai":
-        data.update(window_pattern=config.window_pattern, window_size=config.window_size)
-    if config.eos_token_id is not None:
-        data["eos_token_id"] = config.eos_token_id
-    if kind == "haoai":
-        data.update(qk_norm=config.qk_norm, use_sliding_window=config.use_sliding_window)
-    if tokenizer is not None:
-        data.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    return data
-
-
-def model_type(config: HaoAIConfig) -> str:
-    """The architecture of transformers that computes exactly this model; `haoai` when there is none."""
-    if config.qk_norm:
-        return "qwen3"
-    return "haoai" if config.use_sliding_window else "llama"
-
-
-def config_from_disk(data: dict[str, Any], file: Path) -> HaoAIConfig:
-    kind = data.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"{file}: model_type={kind!r} cannot be read; known: {', '.join(ARCHITECTURES)}")
-    if data.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{file}: hidden_act={data['hidden_act']!r} is not supported, only 'silu'")
-    for field in ("attention_bias", "mlp_bias"):
-        if data.get(field):
-            raise ValueError(f"{file}: {field}=true is not supported")
-    fields = {ours: data[theirs] for ours, theirs in FIELD_NAMES.items() if data.get(theirs) is not None}
-    if kind != "haoai":
-        fields.setdefault("tie_word_embeddings", False)  # what transformers assumes when the field is absent
-    rope = dict(data.get("rope_parameters") or {})
-    old = data.get("rope_scaling") or {}
-    fields["rope_theta"] = rope.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
-    partial = {**old, **rope, **data}.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise ValueError(f"{file}: partial_rotary_factor={partial!r} is not supported, only 1")
-    scaling = {k: v for k, v in {**old, **rope}.items() if v is not None and k != "partial_rotary_factor"}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        fields["rope_scaling"] = scaling
-    fields["eos_token_id"] = data.get("eos_token_id")
-    fields["qk_norm"] = data.get("qk_norm", False) if kind == "haoai" else kind == "qwen3"
-    try:
-        if kind != "llama":  # transformers has no windows there, whatever the file says
-            fields.update(_windows_from_disk(data))
-        return HaoAIConfig(**fields)
-    except KeyError as error:
-        raise ValueError(f"{file} lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _windows_from_disk(data: dict[str, Any]) -> dict[str, Any]:
-    size = data.get("sliding_window") or data.get("window_size")
-    if not data.get("use_sliding_window") or not size:
-        return {}
-    layers = int(data["num_hidden_layers"])
-    types = data.get("layer_types")
-    if data.get("window_pattern"):
-        pattern = data["window_pattern"]
-    elif types:
-        pattern = "".join("S" if t == "sliding_attention" else "L" for t in types)
-    else:
-        first = int(data.get("max_window_layers") or 0)
-        pattern = "L" * min(first, layers) + "S" * max(layers - first, 0)
-    return {"use_sliding_window": True, "window_size": int(size), "window_pattern": pattern}
-
-
-def weights_to_disk(state: dict[str, Tensor], config: HaoAIConfig) -> dict[str, Tensor]:
-    """Our state dict -> transformers' key names, fused matrices split."""
+def weights_to_disk(state: Mapping[str, Tensor], config: HaoAIConfig) -> dict[str, Tensor]:
+    """Our state dict under transformers' key names. Fused matrices are split into views: what is written into a view is written into
+    the model, so this one table serves saving and loading."""
     heads = [config.n_head * config.head_size, config.kv_heads * config.head_size, config.kv_heads * config.head_size]
-    disk = {}
+    mixtral = model_type(config) == "mixtral"
+    disk: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        prefix = "" if name.startswith("lm_head.") else "model."
+        name = name if name.startswith("lm_head.") else f"model.{name}"
         if ".qkv_proj." in name:
-            parts = dict(zip(("q_proj", "k_proj", "v_proj"), tensor.split(heads), strict=True))
-            disk.update({prefix + name.replace("qkv_proj", part): value for part, value in parts.items()})
+            pieces = zip(("q_proj", "k_proj", "v_proj"), tensor.split(heads), strict=True)
+            disk.update({name.replace("qkv_proj", part): piece for part, piece in pieces})
         elif ".gate_up_proj." in name:
-            disk.update(
-                {
-                    prefix + name.replace("gate_up_proj", part): value
-                    for part, value in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
-                }
-            )
+            halves = zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
+            disk.update({name.replace("gate_up_proj", part): half for part, half in halves})
+        elif name.endswith(".mlp.gate_up_proj") or name.endswith(".mlp.down_proj"):
+            disk.update(_experts_to_disk(name, tensor, mixtral))
+        elif name.endswith(".mlp.choice_bias"):
+            disk[name.replace("choice_bias", "gate.e_score_correction_bias")] = tensor
         else:
-            disk[prefix + name] = tensor
+            disk[name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if mixtral else name] = tensor
     return disk
 
 
-def weights_from_disk(disk: dict[str, Tensor], config: HaoAIConfig, file: Path) -> dict[str, Tensor]:
-    """transformers' key names -> our state dict; the inverse of `weights_to_disk`. ValueError names a tensor of `file` that is
-    missing, not expected or of another shape."""
-    disk = {name: tensor for name, tensor in disk.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        disk.pop("lm_head.weight", None)
-    _check_weights(disk, config, file)
-    state: dict[str, Tensor] = {}
-    for fused, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
-        for name in [n for n in disk if f".{parts[0]}." in n]:
-            others = [name.replace(parts[0], part) for part in parts]
-            state[name.replace(parts[0], fused).removeprefix("model.")] = torch.cat([disk.pop(n) for n in others])
-    state.update({name.removeprefix("model."): tensor for name, tensor in disk.items()})
-    return state
+def _experts_to_disk(name: str, tensor: Tensor, mixtral: bool) -> dict[str, Tensor]:
+    """A stack of all experts' matrices (E, rows, columns) as one disk tensor an expert and matrix."""
+    block, _, kind = name.rpartition(".")
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    if mixtral:
+        block, names = block.replace(".mlp", ".block_sparse_moe"), {"gate": "w1", "up": "w3", "down": "w2"}
+    disk = {}
+    for index, expert in enumerate(tensor.unbind(0)):
+        parts = {"gate": expert.chunk(2)[0], "up": expert.chunk(2)[1]} if kind == "gate_up_proj" else {"down": expert}
+        disk.update({f"{block}.experts.{index}.{names[part]}.weight": piece for part, piece in parts.items()})
+    return disk
 
 
-def _check_weights(weights: dict[str, Tensor], config: HaoAIConfig, file: Path) -> None:
+def _check_weights(config: HaoAIConfig, source: WeightSource) -> None:
     from model.transformer import SmartHaoAI
 
     with torch.device("meta"):
         model = SmartHaoAI(config)
-    expected = {name: tuple(p.shape) for name, p in weights_to_disk(model.state_dict(), config).items()}
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    expected = {name: tuple(tensor.shape) for name, tensor in weights_to_disk(model.state_dict(), config).items()}
+    found = {name: shape for name, shape in source.shapes().items() if not name.endswith(NOT_PARAMETERS)}
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
-        raise ValueError(f"{file} does not fit its config.json: missing {missing[:4]}, not expected {extra[:4]}")
+        lacks = f"missing {_some(missing)}" if missing else ""
+        surplus = f"not expected {_some(extra)}" if extra else ""
+        raise ValueError(f"{source.file} does not fit its config.json: {'; '.join(filter(None, (lacks, surplus)))}")
     for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(f"{file}: {name} has shape {tuple(weights[name].shape)}, config.json asks for {shape}")
+        if found[name] != shape:
+            raise ValueError(f"{source.file}: {name} has shape {list(found[name])}, config.json asks for {list(shape)}")
 
 
-def save_weights(weights: dict[str, Tensor], file: Path) -> None:
-    """Write tensors as safetensors under a temporary name, then rename."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary, metadata={"format": "pt"})
-    sync(temporary)
-    os.replace(temporary, file)
-
-
-def load_weights(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError when it is cut off or not safetensors."""
-    if not file.is_file():
-        raise FileNotFoundError(f"the weights {file} are missing")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut off: {error}") from error
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 __all__ = [
+    "WeightSource",
     "atomic_directory",
+    "build_model",
     "config_from_disk",
     "config_to_disk",
+    "fill",
     "find_model",
     "load_config",
     "load_pretrained",
     "load_weights",
     "model_type",
+    "open_weights",
+    "portability_notes",
     "save_pretrained",
     "save_weights",
-    "weights_from_disk",
     "weights_to_disk",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 ROPE_SCALING_TYPES = ("linear", "yarn", "llama3")
 HEAD_DIM = 64
 FEED_FORWARD_MULTIPLE = 64
+EXPERT_MULTIPLE = 32
 PREFILL_BLOCK = 256
 
 
@@ -46,6 +47,8 @@ class HaoAIConfig:
     """Epsilon inside the root of RMSNorm."""
     qk_norm: bool = True
     """RMSNorm on each query and key head before the rotation (Qwen3)."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
     tie_word_embeddings: bool = True
     """The output head shares the embedding matrix."""
     dropout: float = 0.0
@@ -64,6 +67,25 @@ class HaoAIConfig:
     """Keys a windowed layer attends to, the token itself included."""
     window_pattern: str = "SSSL"
     """One letter a layer, repeated: S sliding window, L full attention."""
+    n_expert: int = 0
+    """Mixture of experts: feed-forward experts per layer, of which each token uses a few; 0: one dense feed-forward layer."""
+    n_expert_per_token: int = 2
+    """Experts that compute each token."""
+    moe_intermediate_size: int | None = None
+    """Width of one expert; None: intermediate_size / n_expert_per_token, so that a token costs what it costs in the dense model."""
+    moe_pattern: str = "E"
+    """One letter a layer, repeated: E experts, D dense."""
+    norm_topk_prob: bool = True
+    """The weights of a token's experts add up to 1."""
+    router_aux_loss_coef: float = 0.01
+    """Weight of the balance loss (Fedus et al., 2021), which asks for equal use of the experts."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the z-loss (Zoph et al., 2022), which keeps router logits small. Training only: costs no portability."""
+    router_bias_rate: float = 0.0
+    """Balance without a loss (Wang et al., 2024): a bias on the choice of experts, moved by this much a step against their load.
+    0.001 is usual. The bias stays in the model, which transformers' qwen3_moe and mixtral and llama.cpp cannot express."""
+    n_shared_expert: int = 0
+    """Experts of moe_intermediate_size that compute every token besides the chosen ones. Not expressible as qwen3_moe or mixtral."""
 
     def __post_init__(self) -> None:
         if self.n_kv_head is None:
@@ -74,6 +96,8 @@ class HaoAIConfig:
             self.head_dim = self.n_embd // max(self.n_head, 1)
         if self.intermediate_size is None:
             self.intermediate_size = _round_up(self.n_embd * 8 / 3, FEED_FORWARD_MULTIPLE)
+        if self.n_expert and self.moe_intermediate_size is None:
+            self.moe_intermediate_size = _round_up(self.ffn_size / max(self.n_expert_per_token, 1), EXPERT_MULTIPLE)
         self._check()
 
     def _check(self) -> None:
@@ -100,6 +124,10 @@ class HaoAIConfig:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
         if self.use_sliding_window and (not self.window_pattern or set(self.window_pattern) - set("SL")):
             raise ValueError(f"window_pattern must consist of S (window) and L (full), not {self.window_pattern!r}")
+        if isinstance(self.n_expert, bool) or not isinstance(self.n_expert, int) or self.n_expert < 0:
+            raise ValueError(f"n_expert must be 0 (dense) or a number of experts, not {self.n_expert!r}")
+        if self.n_expert:
+            self._check_experts()
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
@@ -116,6 +144,19 @@ class HaoAIConfig:
             if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
                 raise ValueError(f"rope_scaling factor must be a positive number, not {factor!r}")
 
+    def _check_experts(self) -> None:
+        if not 1 <= self.n_expert_per_token <= self.n_expert:
+            raise ValueError(f"n_expert_per_token={self.n_expert_per_token} must lie between 1 and n_expert={self.n_expert}")
+        if not isinstance(self.moe_intermediate_size, int) or self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size must be a positive integer, not {self.moe_intermediate_size!r}")
+        if not self.moe_pattern or set(self.moe_pattern) - set("ED"):
+            raise ValueError(f"moe_pattern must consist of E (experts) and D (dense), not {self.moe_pattern!r}")
+        if not isinstance(self.n_shared_expert, int) or self.n_shared_expert < 0:
+            raise ValueError(f"n_shared_expert must be 0 or more, not {self.n_shared_expert!r}")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+
     @property
     def kv_heads(self) -> int:
         assert self.n_kv_head is not None
@@ -130,6 +171,15 @@ class HaoAIConfig:
     def ffn_size(self) -> int:
         assert self.intermediate_size is not None
         return self.intermediate_size
+
+    @property
+    def expert_size(self) -> int:
+        assert self.moe_intermediate_size is not None
+        return self.moe_intermediate_size
+
+    def layer_is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` has experts instead of one feed-forward layer."""
+        return self.n_expert > 0 and self.moe_pattern[layer % len(self.moe_pattern)] == "E"
 
     def layer_window(self, layer: int) -> int | None:
         """Number of keys layer `layer` may look at, itself included; None means all of them."""
@@ -158,11 +208,17 @@ class HaoAIConfig:
         """Parameters, FLOPs and bytes of this shape, computed and not allocated."""
         width, heads, kv, size = self.n_embd, self.n_head, self.kv_heads, self.head_size
         attention = width * size * (heads + 2 * kv) + heads * size * width + (2 * size if self.qk_norm else 0)
-        block = attention + 3 * width * self.ffn_size + 2 * width
+        attention += size * (heads + 2 * kv) if self.attention_bias else 0
+        sparse = sum(self.layer_is_sparse(layer) for layer in range(self.n_layer))
+        body = self.n_layer * (attention + 2 * width) + (self.n_layer - sparse) * 3 * width * self.ffn_size + width
+        unused = 0
+        if sparse:
+            expert = 3 * width * self.expert_size
+            body += sparse * ((self.n_expert + self.n_shared_expert) * expert + self.n_expert * width)
+            unused = sparse * (self.n_expert - self.n_expert_per_token) * expert
         embedding = self.vocab_size * width
-        body = self.n_layer * block + width
         total = body + embedding * (1 if self.tie_word_embeddings else 2)
-        return Account(self, parameters=total, body_parameters=body, head_parameters=embedding)
+        return Account(self, total, body_parameters=body, active_body_parameters=body - unused, head_parameters=embedding)
 
 
 @dataclass(frozen=True)
@@ -172,13 +228,15 @@ class Account:
     config: HaoAIConfig
     parameters: int
     body_parameters: int
+    active_body_parameters: int
+    """Those that compute one token: with experts, only the chosen ones."""
     head_parameters: int
 
     def flops_per_token(self, context: int, training: bool = True) -> float:
         """Work per token at a mean attention span of context / 2 (windows shorten it); 6 N + attention in training, 2 N forward."""
         spans = [min(context / 2, self.config.layer_window(i) or context) for i in range(self.config.n_layer)]
         attention = sum(4 * self.config.n_head * self.config.head_size * span for span in spans)
-        forward = 2 * (self.body_parameters + self.head_parameters) + attention
+        forward = 2 * (self.active_body_parameters + self.head_parameters) + attention
         return forward * (3 if training else 1)
 
     def kv_cache_bytes(self, context: int, batch_size: int = 1, bytes_per_value: int = 4, block: int = PREFILL_BLOCK) -> int:
@@ -203,13 +261,20 @@ class Account:
             4 * c.n_embd * 4  # fp32 residual stream and normalised inputs
             + (c.n_head + 2 * c.kv_heads) * c.head_size * 2 * act  # q, k, v before and after the rotation
             + c.n_head * c.head_size * act
-            + 4 * c.ffn_size * act
+            + 4 * max(c.ffn_size, c.expert_size * (c.n_expert_per_token + c.n_shared_expert) if c.n_expert else 0) * act
             + 2 * c.n_head * context * act  # attention weights, where they are stored
         )
         tokens = batch_size * context
         weights_and_state = self.parameters * 4 * 4 + (self.parameters * 2 if mixed_precision else 0)
         logits = min(tokens, 1024) * c.vocab_size * 4 * 2
         return weights_and_state + tokens * per_token_block * c.n_layer + logits
+
+    def _feed_forward(self) -> str:
+        c = self.config
+        if not c.n_expert:
+            return f"feed-forward {c.intermediate_size}"
+        shared = f" and {c.n_shared_expert} shared" if c.n_shared_expert else ""
+        return f"{c.n_expert} experts of {c.moe_intermediate_size}, {c.n_expert_per_token}{shared} per token"
 
     def table(self, context: int | None = None) -> str:
         """A few aligned lines for people."""
@@ -218,12 +283,13 @@ class Account:
             (
                 "parameters",
                 f"{self.parameters / 1e6:.2f} M ({self.head_parameters / 1e6:.2f} M embedding"
-                f"{', tied' if self.config.tie_word_embeddings else ', untied'})",
+                f"{', tied' if self.config.tie_word_embeddings else ', untied'})"
+                + (f", {(self.active_body_parameters + self.head_parameters) / 1e6:.2f} M active" if self.config.n_expert else ""),
             ),
             (
                 "shape",
                 f"{self.config.n_layer} layers, width {self.config.n_embd}, {self.config.n_head}/{self.config.kv_heads} heads of "
-                f"{self.config.head_dim}, feed-forward {self.config.intermediate_size}, vocabulary {self.config.vocab_size}",
+                f"{self.config.head_dim}, {self._feed_forward()}, vocabulary {self.config.vocab_size}",
             ),
             ("weights", f"{self.weight_bytes() / 2**20:.1f} MiB fp32, {self.weight_bytes(2) / 2**20:.1f} MiB bf16"),
             (

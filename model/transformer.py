@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from model.attention import RMSNorm, RotaryEmbedding, SmartAttention, attention_
 from model.cache import KVCache, LayerCache
 from model.config import HaoAIConfig
 from model.cross_entropy import compute_dtype, linear_cross_entropy, token_log_probs
-from model.feedforward import SmartFeedForward
+from model.feedforward import MixtureOfExperts, Routing, SmartFeedForward, balance_loss, z_loss
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
@@ -40,7 +40,9 @@ class ModelOutput:
     loss_tokens: int = 0
     """Number of labelled tokens in the sum."""
     aux_loss: Tensor | None = None
-    """Auxiliary terms of training-only parts; None for a plain model."""
+    """What training adds to the loss: the auxiliary terms, each with its coefficient; None for a plain model or in evaluation."""
+    aux_terms: dict[str, Tensor] = field(default_factory=dict)
+    """The same terms by name, without coefficients: `balance` (as transformers' aux_loss) and `router_z` of a mixture of experts."""
     hidden_states: Tensor | None = None
     """(B, T, C) after the final norm."""
 
@@ -53,12 +55,21 @@ class SmartTransformerBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
         self.self_attn = SmartAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.mlp = SmartFeedForward(config)
+        self.mlp = MixtureOfExperts(config) if config.layer_is_sparse(layer) else SmartFeedForward(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         x = x + self._drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+        normed = self.post_attention_layernorm(x)
+        return x + self._drop(self.mlp(normed, real) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -83,8 +94,10 @@ class SmartHaoAI(nn.Module):
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
+                if name.endswith(".bias"):
+                    nn.init.zeros_(parameter)
                 continue
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            into_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
             nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer) if into_residual else std)
 
     @property
@@ -111,8 +124,8 @@ class SmartHaoAI(nn.Module):
         last_only: bool = False,
         output_hidden_states: bool = False,
     ) -> ModelOutput:
-        """input_ids (B, T). attention_mask (B, T): 1 real, 0 padding. segment_ids (B, T): a number per packed document; tokens
-        see only their own document. labels (B, T) unshifted, -100 ignored: label t is predicted from token t - 1 of the same
+        """input_ids (B, T). attention_mask (B, T): 1 real, 0 padding. segment_ids (B, T): a number per packed document, 0 for padding;
+        tokens see only their own document. labels (B, T) unshifted, -100 ignored: label t is predicted from token t - 1 of the same
         document. cache: keys and values of the tokens before; it is appended to. Raises ValueError when T exceeds the context.
         """
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, segment_ids, cache)
@@ -122,6 +135,8 @@ class SmartHaoAI(nn.Module):
             out.loss_tokens = targets.numel()
             out.loss_sum = linear_cross_entropy(rows, self.head_weight, targets)
             out.loss = out.loss_sum / max(out.loss_tokens, 1)
+            if self.training:
+                self._add_auxiliary(out)
         if return_logits if return_logits is not None else labels is None:
             out.logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
         return out
@@ -160,8 +175,9 @@ class SmartHaoAI(nn.Module):
         positions, masks = self._layout(input_ids, attention_mask, position_ids, segment_ids, cache)
         x = self.embed_tokens(input_ids)
         cos, sin = self.rotary(positions)
+        real = attention_mask if segment_ids is None else segment_ids > 0
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, masks[index], None if cache is None else cache.layers[index])
+            x = layer(x, cos, sin, masks[index], None if cache is None else cache.layers[index], real)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -213,6 +229,30 @@ class SmartHaoAI(nn.Module):
             masks.append(made[window, held])
         return position_ids, masks
 
+    @property
+    def expert_layers(self) -> list[MixtureOfExperts]:
+        """The layers with experts, in order; none in a dense model."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureOfExperts)]
+
+    def take_expert_load(self) -> Tensor | None:
+        """(layers with experts, E) tokens that chose each expert in training since the last call; None for a dense model."""
+        return torch.stack([layer.take_load() for layer in self.expert_layers]) if self.expert_layers else None
+
+    def balance_experts(self, load: Tensor) -> None:
+        """After an optimiser step: move the choice biases (`router_bias_rate`) against the step's load (layers with experts, E)."""
+        for layer, counts in zip(self.expert_layers, load, strict=True):
+            layer.balance(counts)
+
+    def _add_auxiliary(self, out: ModelOutput) -> None:
+        routings: list[Routing] = [layer.routing for layer in self.expert_layers if layer.routing is not None]
+        if not routings:
+            return
+        out.aux_terms = {"balance": balance_loss(routings), "router_z": z_loss(routings)}
+        coefficients = {"balance": self.config.router_aux_loss_coef, "router_z": self.config.router_z_loss_coef}
+        out.aux_loss = torch.stack([coefficients[name] * term for name, term in out.aux_terms.items()]).sum()
+        for layer in self.expert_layers:
+            layer.routing = None  # it holds the graph
+
     def _predictions(self, hidden: Tensor, labels: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states (N, C) and targets (N,) of the labelled tokens: state t - 1 predicts label t of the same document."""
         targets = labels[:, 1:]
@@ -236,7 +276,7 @@ class SmartHaoAI(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SmartHaoAI:
-        """Read a directory written by `save_pretrained` or by transformers (llama, qwen3)."""
+        """Read a directory written by `save_pretrained` or by transformers: llama, mistral, qwen2, qwen3, mixtral, qwen3_moe."""
         from model.checkpoint import load_pretrained
 
         return load_pretrained(path, device, dtype)

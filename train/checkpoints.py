@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import load_weights, save_pretrained, save_weights, weights_from_disk
+from model.checkpoint import fill, load_weights, open_weights, save_pretrained, save_weights
 from model.files import atomic_directory, remove_leftovers
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
@@ -68,8 +68,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def restore(path: Path, model: SmartHaoAI, optimizers: list[torch.optim.Optimizer]) -> None:
     """Put weights, optimiser and random state of a checkpoint back in place."""
-    file = path / "model.safetensors"
-    model.load_state_dict(weights_from_disk(load_weights(file), model.config, file))
+    fill(model, open_weights(path))
     tensors = load_weights(path / OPTIMIZER_FILE)
     values = load_state(path)["optimizer"]
     names = {p: name for name, p in model.named_parameters()}

@@ -186,6 +186,7 @@ class _Fit:
         else:
             self.state.total_steps = max(1, round(self.train.epochs * self.batches.rows_per_epoch() / rows_per_step))
         torch.set_rng_state(random)
+        self.model.take_expert_load()  # of the trials
 
     def _replan(self) -> None:
         """Keep a time budget on a machine whose speed changes: correct the number of steps while the learning rate is still high."""
@@ -217,7 +218,7 @@ class _Fit:
         saved_at = time.monotonic()
         while self.state.step < self.state.total_steps:
             start = time.perf_counter()
-            self.window.add(*self._step())
+            self.window.add(self._step())
             self.state.step += 1
             spent = time.perf_counter() - start
             self.state.seconds += spent
@@ -240,30 +241,35 @@ class _Fit:
                 return True
         return False
 
-    def _step(self) -> tuple[float, float, float, int, int]:
-        """One optimiser step. Returns loss sum, its weight, gradient norm, positions and real tokens."""
+    def _step(self) -> _StepResult:
+        """One optimiser step."""
         lr = self.train.lr * lr_factor(self.train, self.state.step, self.state.total_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         self.lr = lr
         micro = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]
-        totals: dict[str, float] = {}
+        totals: dict[str, float] = {"micro_batches": len(micro)}
         for batch in micro:
             for name, weight in batch.weights.items():
                 totals[name] = totals.get(name, 0.0) + weight
         loss_sum = 0.0
+        others: dict[str, float] = {}
         for batch in micro:
             with self.precision.autocast():
                 terms = self.loss_fn(self.model, batch.to(self.device))
             parts = [term.total / max(totals[term.weight], 1.0) for term in terms]
             self.scaler.scale(torch.stack(parts).sum()).backward()
             loss_sum += float(terms[0].total.detach())
+            for term, part in zip(terms[1:], parts[1:], strict=True):
+                others[term.name] = others.get(term.name, 0.0) + float(part.detach())
         positions, real = sum(b.positions for b in micro), sum(b.real for b in micro)
-        weight = totals[terms[0].weight]
         norm = self._update(loss_sum)
         self.state.tokens += real
-        return loss_sum, weight, norm, positions, real
+        load = self.model.take_expert_load()
+        if load is not None and not self.skipped_in_a_row:
+            self.model.balance_experts(load)
+        return _StepResult(loss_sum, totals[terms[0].weight], norm, positions, real, others, None if load is None else load.tolist())
 
     def _update(self, loss_sum: float) -> float:
         """Clip and apply the gradients, unless the loss or their norm is not finite. Returns the norm before clipping."""
@@ -312,6 +318,7 @@ class _Fit:
             "peak_memory_mb": peak_memory_mb(self.device),
             "seconds": self.state.seconds,
             "skipped": self.state.skipped,
+            **window.extra(),
             **{k: v for k, v in evaluated.items() if k not in ("val_loss", "val_bpb")},
         }
         self.metrics.add(row)
@@ -351,6 +358,21 @@ class _Fit:
 
 
 @dataclass
+class _StepResult:
+    """Sums of one optimiser step."""
+
+    loss_sum: float
+    weight: float
+    norm: float
+    positions: int
+    real: int
+    others: dict[str, float]
+    """Terms besides the loss, each with its coefficient and divided by its weight."""
+    expert_load: list[list[float]] | None
+    """Tokens per layer and expert."""
+
+
+@dataclass
 class _Window:
     """Sums since the last row of metrics.jsonl."""
 
@@ -360,15 +382,35 @@ class _Window:
     positions: int = 0
     real: int = 0
     seconds: float = 0.0
+    steps: int = 0
+    others: dict[str, float] = field(default_factory=dict)
+    expert_load: list[list[float]] | None = None
 
-    def add(self, loss_sum: float, weight: float, norm: float, positions: int, real: int) -> None:
-        if math.isfinite(loss_sum) and math.isfinite(norm):  # a skipped step must not spoil the row, and NaN is not JSON
-            self.loss_sum += loss_sum
-            self.weight += weight
-            self.norm = norm if self.norm is None else max(self.norm, norm)
-        self.positions += positions
-        self.real += real
+    def add(self, step: _StepResult) -> None:
+        if math.isfinite(step.loss_sum) and math.isfinite(step.norm):  # a skipped step must not spoil the row, and NaN is not JSON
+            self.loss_sum += step.loss_sum
+            self.weight += step.weight
+            self.norm = step.norm if self.norm is None else max(self.norm, step.norm)
+            self.steps += 1
+            for name, value in step.others.items():
+                self.others[name] = self.others.get(name, 0.0) + value
+        if step.expert_load is not None:
+            before = self.expert_load or [[0.0] * len(layer) for layer in step.expert_load]
+            self.expert_load = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(before, step.expert_load, strict=True)]
+        self.positions += step.positions
+        self.real += step.real
 
     @property
     def loss(self) -> float | None:
         return self.loss_sum / self.weight if self.weight else None
+
+    def extra(self) -> dict[str, Any]:
+        """What only some models have: mean of the other loss terms; each expert's share of its layer's work, times the number of
+        experts (1: balanced), with the largest and smallest of all."""
+        row: dict[str, Any] = {name: value / max(self.steps, 1) for name, value in self.others.items()}
+        if self.expert_load is not None:
+            loads = [[round(count * len(layer) / max(sum(layer), 1.0), 3) for count in layer] for layer in self.expert_load]
+            row.update(
+                expert_load=loads, expert_load_max=max(max(layer) for layer in loads), expert_load_min=min(min(layer) for layer in loads)
+            )
+        return row

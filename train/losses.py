@@ -24,6 +24,12 @@ class Term:
 
 
 def lm_loss(model: torch.nn.Module, batch: Batch) -> list[Term]:
-    """Next-token cross-entropy over the labelled tokens, in nats: pretraining and SFT differ only by their labels."""
+    """Next-token cross-entropy over the labelled tokens, in nats: pretraining and SFT differ only by their labels.
+
+    A mixture of experts adds its auxiliary loss: a statistic of each micro-batch, averaged over those of a step.
+    """
     out = model(**batch.inputs)
-    return [Term("loss", out.loss_sum, "tokens")]
+    terms = [Term("loss", out.loss_sum, "tokens")]
+    if out.aux_loss is not None:
+        terms.append(Term("aux_loss", out.aux_loss, "micro_batches"))
+    return terms

@@ -16,13 +16,14 @@ from torch import Tensor
 from train.config import OptimizationConfig
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+ROUTER = ".mlp.gate.weight"
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest semi-orthogonal matrix by Newton-Schulz steps (Jordan et al., 2024).
 
-    Parameters are matrices. A group's `split` gives the row counts of matrices that are fused into one; each is
-    orthogonalised on its own. `compute_dtype` is the type of its products: bf16 is enough where it is fast.
+    Parameters are matrices, or stacks of them (experts). A group's `split` gives the row counts of matrices that are fused into
+    one; each is orthogonalised on its own. `compute_dtype` is the type of its products: bf16 is enough where it is fast.
     """
 
     compute_dtype = torch.float32
@@ -44,8 +45,11 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                rows = group["split"] or update.shape[0]
-                for piece, target in zip(update.split(rows), parameter.split(rows), strict=True):
+                rows = group["split"] or update.shape[-2]
+                # A stack of matrices is one tall matrix of fused ones.
+                columns = update.shape[-1]
+                targets = parameter.view(-1, columns).split(rows)
+                for piece, target in zip(update.reshape(-1, columns).split(rows), targets, strict=True):
                     if piece.shape[0] > piece.shape[1]:
                         piece, target = piece.T, target.T
                     by_shape.setdefault((piece.shape[0], piece.shape[1]), []).append((piece, target, group["lr"]))
@@ -74,11 +78,13 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, device: str) -> list[torch.optim.Optimizer]:
     """One or two optimisers that together hold every trainable parameter exactly once.
 
-    Matrices decay, norms do not. With muon, embeddings and heads stay with AdamW.
+    Matrices decay, norms and biases do not. With muon, embeddings, heads and routers (a row is an expert's address, not part of
+    one map) stay with AdamW.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {n: p for n, p in parameters.items() if p.dim() == 2}
-    muon = {n: p for n, p in matrices.items() if "layers." in n} if settings.optimizer == "muon" else {}
+    matrices = {n: p for n, p in parameters.items() if p.dim() >= 2}
+    inner = {n: p for n, p in matrices.items() if "layers." in n and not n.endswith(ROUTER)}
+    muon = inner if settings.optimizer == "muon" else {}
     decayed = [p for n, p in matrices.items() if n not in muon]
     plain = [p for n, p in parameters.items() if n not in matrices]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -106,7 +112,8 @@ def _muon_groups(model: torch.nn.Module, matrices: Mapping[str, Tensor]) -> list
             kv_rows = attention.n_kv_head * attention.head_dim
             split = (parameter.shape[0] - 2 * kv_rows, kv_rows, kv_rows)
         elif "gate_up_proj" in name:
-            split = (parameter.shape[0] // 2,) * 2
+            experts = parameter.shape[0] if parameter.dim() == 3 else 1
+            split = (parameter.shape[-2] // 2,) * 2 * experts
         by_split.setdefault(split, []).append(parameter)
     return [{"params": params, "split": list(split) or None} for split, params in by_split.items()]
 
