@@ -82,7 +82,11 @@ def save_pretrained(
 
 
 def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """model.safetensors, or model-00001-of-00003.safetensors and so on with their index; files of an earlier save are removed."""
+    """model.safetensors, or model-00001-of-00003.safetensors and so on with their index; files of an earlier save are removed.
+
+    No file is replaced before all are written. A crash among the renames of shards leaves an index whose checksums are not theirs,
+    which is refused when it is read.
+    """
     if max_shard_bytes < 1:
         raise ValueError(f"the size of a shard must be positive, not {max_shard_bytes}")
     size = torch.empty((), dtype=dtype).element_size()
@@ -95,12 +99,20 @@ def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
         shards[-1].append(name)
         filled += tensor.numel() * size
     files = [WEIGHTS_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        save_weights({name: weights[name] for name in names}, folder / file, dtype)
+    checksums: dict[str, int] = {}
+    try:
+        for file, names in zip(files, shards, strict=True):
+            checksums.update(_write_weights({name: weights[name] for name in names}, _temporary(folder / file), dtype))
+        for file in files:
+            os.replace(_temporary(folder / file), folder / file)
+    finally:
+        for file in files:
+            _temporary(folder / file).unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in weights.values()) * size
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        atomic_write_text(folder / INDEX_FILE, json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")
+        index = {"metadata": {"total_size": total, CHECKSUMS: checksums}, "weight_map": places}
+        atomic_write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     for old in [folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors"), folder / INDEX_FILE]:
         if old.name not in files and not (old.name == INDEX_FILE and len(shards) > 1):
             old.unlink(missing_ok=True)
@@ -108,12 +120,20 @@ def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
 
 def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
     """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    _write_weights(weights, _temporary(file), dtype)
+    os.replace(_temporary(file), file)
+
+
+def _write_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> dict[str, int]:
     tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
-    sync(temporary)
-    os.replace(temporary, file)
+    save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
+    sync(file)
+    return checksums
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -140,20 +160,25 @@ def build_model(
     from model.attention import RotaryEmbedding
     from model.transformer import SmartHaoAI
 
+    _check_weights(config, source)  # before a wrong size in config.json asks for memory
     with torch.device("meta"):
         model = SmartHaoAI(config)
     model.to(dtype).to_empty(device=device)  # addresses only: memory is taken when a tensor is copied
-    fill(model, source)
+    _copy_weights(model, source)
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # not a weight: computed, and always fp32
             module.reset(config, device)
     return model.eval()
 
 
-@torch.no_grad()
 def fill(model: SmartHaoAI, source: WeightSource) -> None:
     """Copy the weights of `source` into the model, tensor by tensor. Raises ValueError where they do not fit."""
     _check_weights(model.config, source)
+    _copy_weights(model, source)
+
+
+@torch.no_grad()
+def _copy_weights(model: SmartHaoAI, source: WeightSource) -> None:
     for name, place in weights_to_disk(model.state_dict(), model.config).items():
         place.copy_(source.tensor(name))
 
@@ -168,8 +193,9 @@ def open_weights(folder: Path) -> SafetensorsWeights:
         hint = f"; {other[0]} is a pickled file, which is never read: convert it to safetensors" if other else ""
         raise FileNotFoundError(f"the weights {folder / WEIGHTS_FILE} are missing{hint}")
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
+        checksums = dict((content.get("metadata") or {}).get(CHECKSUMS) or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a readable index of shards: {error!r}") from error
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
@@ -178,13 +204,13 @@ def open_weights(folder: Path) -> SafetensorsWeights:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names {len(names)} files; missing: {', '.join(missing)}")
-    return SafetensorsWeights([folder / name for name in names], index)
+    return SafetensorsWeights([folder / name for name in names], index, checksums)
 
 
 class SafetensorsWeights:
     """Tensors of one or several safetensors files, mapped into memory and read one at a time."""
 
-    def __init__(self, files: list[Path], index: Path | None = None) -> None:
+    def __init__(self, files: list[Path], index: Path | None = None, checksums: Mapping[str, int] | None = None) -> None:
         self.file = index or files[0]
         self._readers: dict[str, tuple[Path, Any]] = {}
         self._checksums: dict[str, int] = {}
@@ -198,6 +224,7 @@ class SafetensorsWeights:
                 if name in self._readers:
                     raise ValueError(f"{name} stands in {self._readers[name][0]} and in {file}")
                 self._readers[name] = (file, reader)
+        self._checksums.update(checksums or {})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(reader.get_slice(name).get_shape()) for name, (_, reader) in self._readers.items()}
@@ -240,7 +267,7 @@ def find_model(path: str | Path) -> Path:
     if folder.parts[0] == RESULTS_FOLDER:
         stage = folder.name if folder.name in ("pretrain", "sft") else "pretrain"
         raise FileNotFoundError(
-            f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another with model_dir=..."
+            f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another model"
         )
     if folder.parent.is_dir():
         raise FileNotFoundError(f"there is no model at {folder} (its folder {folder.parent} exists, this name does not)")

@@ -151,6 +151,8 @@ class HaoAIConfig:
             raise ValueError(f"moe_intermediate_size must be a positive integer, not {self.moe_intermediate_size!r}")
         if not self.moe_pattern or set(self.moe_pattern) - set("ED"):
             raise ValueError(f"moe_pattern must consist of E (experts) and D (dense), not {self.moe_pattern!r}")
+        if not any(self.layer_is_sparse(layer) for layer in range(self.n_layer)):
+            raise ValueError(f"moe_pattern={self.moe_pattern!r} gives none of {self.n_layer} layers experts; set n_expert=0, or change it")
         if not isinstance(self.n_shared_expert, int) or self.n_shared_expert < 0:
             raise ValueError(f"n_shared_expert must be 0 or more, not {self.n_shared_expert!r}")
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_rate"):

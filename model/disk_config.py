@@ -60,8 +60,21 @@ _COMMON = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": F
 ABSENT: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON},
     "mistral": {**_COMMON, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {**_COMMON, "max_position_embeddings": 32768, "num_key_value_heads": 32, "max_window_layers": 28},
-    "qwen3": {**_COMMON, "max_position_embeddings": 32768, "num_key_value_heads": 32, "max_window_layers": 28, "head_dim": 128},
+    "qwen2": {
+        **_COMMON,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "max_window_layers": 28,
+        "sliding_window": 4096,
+    },
+    "qwen3": {
+        **_COMMON,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "max_window_layers": 28,
+        "sliding_window": 4096,
+        "head_dim": 128,
+    },
     "mixtral": {
         **_COMMON,
         "rope_theta": 1e6,
@@ -76,6 +89,7 @@ ABSENT: dict[str, dict[str, Any]] = {
         **_COMMON,
         "max_position_embeddings": 32768,
         "num_key_value_heads": 4,
+        "sliding_window": 4096,
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
@@ -84,6 +98,8 @@ ABSENT: dict[str, dict[str, Any]] = {
     },
     "haoai": {},
 }
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # no file leaves these out
+EXPERT_COUNTS = ("num_experts", "num_local_experts")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -188,7 +204,7 @@ def _experts_to_disk(config: HaoAIConfig, kind: str) -> dict[str, Any]:
     data = {theirs: getattr(config, ours) for ours, theirs in EXPERT_FIELD_NAMES.items()}
     data.update(moe_pattern=config.moe_pattern, num_experts=config.n_expert, num_local_experts=config.n_expert, output_router_logits=False)
     if kind == "mixtral":
-        data.update(intermediate_size=config.moe_intermediate_size)
+        data.update(intermediate_size=config.moe_intermediate_size, dense_intermediate_size=config.intermediate_size)
     else:
         dense = [layer for layer in range(config.n_layer) if not config.layer_is_sparse(layer)]
         data.update(decoder_sparse_step=1, mlp_only_layers=dense)
@@ -217,7 +233,7 @@ def config_from_disk(data: dict[str, Any], file: Path) -> HaoAIConfig:
     if kind not in ARCHITECTURES:
         raise ValueError(f"{file}: model_type={kind!r} cannot be read; known: {', '.join(ARCHITECTURES)}")
     _refuse_unsupported(data, kind, file)
-    data = {**ABSENT[kind], **data}
+    data = {**ABSENT[kind], **_one_name_for_experts(data, kind)}
     try:
         fields = {ours: data[theirs] for ours, theirs in FIELD_NAMES.items() if data.get(theirs) is not None}
         fields.update(_rope_from_disk(data), eos_token_id=data.get("eos_token_id"))
@@ -232,18 +248,37 @@ def config_from_disk(data: dict[str, Any], file: Path) -> HaoAIConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
+def _one_name_for_experts(data: dict[str, Any], kind: str) -> dict[str, Any]:
+    """`data` with the number of experts under the name that the architecture began with: transformers writes either."""
+    given = [data[name] for name in EXPERT_COUNTS if data.get(name) is not None]
+    name = "num_local_experts" if kind == "mixtral" else "num_experts"
+    return {
+        **{key: value for key, value in data.items() if key not in EXPERT_COUNTS},
+        **({name: data.get(name) or given[0]} if given else {}),
+    }
+
+
 def _refuse_unsupported(data: dict[str, Any], kind: str, file: Path) -> None:
+    for field in SIZES:
+        if data.get(field) is None:
+            raise ValueError(f"{file} lacks {field!r}")
+    for field in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(data.get(field) or {}, dict):
+            raise ValueError(f"{file}: {field}={data[field]!r} must be a mapping")
     if data.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act={data['hidden_act']!r} is not supported, only 'silu'")
     for field in ("attention_bias", "mlp_bias"):
         if data.get(field):
             raise ValueError(f"{file}: {field}=true is not supported (biases on queries, keys and values alone are: qwen2)")
     if data.get("quantization_config"):
-        method = dict(data["quantization_config"]).get("quant_method", "unknown method")
+        method = data["quantization_config"].get("quant_method", "unknown method")
         raise ValueError(f"{file}: the weights are quantised ({method}); take the model's unquantised files, or a GGUF")
     partial = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {}), **data}.get("partial_rotary_factor")
     if partial not in (None, 1):
         raise ValueError(f"{file}: partial_rotary_factor={partial!r} is not supported, only 1")
+    nested = [name for name, value in (data.get("rope_parameters") or {}).items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{file}: rope_parameters={{{nested[0]!r}: ...}} is not supported, only one rotary embedding for all layers")
 
 
 def _rope_from_disk(data: dict[str, Any]) -> dict[str, Any]:
@@ -276,20 +311,26 @@ def _windows_from_disk(data: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _experts_from_disk(data: dict[str, Any], kind: str) -> dict[str, Any]:
-    experts = data.get("num_local_experts" if kind == "mixtral" else "num_experts") or data.get("num_local_experts")
+    experts = data.get("num_local_experts" if kind == "mixtral" else "num_experts")
     if kind not in ("mixtral", "qwen3_moe", "haoai") or not experts:
         return {}
     fields = {ours: data[theirs] for ours, theirs in EXPERT_FIELD_NAMES.items() if data.get(theirs) is not None}
-    fields["n_expert"] = int(experts)
+    fields["n_expert"], layers = int(experts), int(data["num_hidden_layers"])
     if kind == "mixtral":
-        return {**fields, "moe_intermediate_size": int(data["intermediate_size"]), "norm_topk_prob": True}
+        return {
+            **fields,
+            "moe_intermediate_size": int(data["intermediate_size"]),
+            "intermediate_size": int(data.get("dense_intermediate_size") or data["intermediate_size"]),
+            "norm_topk_prob": True,
+            "moe_pattern": _shortest("E" * layers, data.get("moe_pattern"), layers),
+        }
     if kind == "haoai":
         return {**fields, **{name: data[name] for name in OWN_EXPERT_FIELDS if data.get(name) is not None}}
     every, dense = int(data.get("decoder_sparse_step") or 1), set(data.get("mlp_only_layers") or ())
-    layers = range(int(data["num_hidden_layers"]))
-    fields["moe_pattern"] = "".join("E" if i not in dense and (i + 1) % every == 0 else "D" for i in layers)
-    fields["moe_pattern"] = _shortest(fields["moe_pattern"], data.get("moe_pattern"), len(layers))
-    return fields
+    pattern = "".join("E" if i not in dense and (i + 1) % every == 0 else "D" for i in range(layers))
+    if "E" not in pattern:
+        return {}  # a dense model under the name of one with experts
+    return {**fields, "moe_pattern": _shortest(pattern, data.get("moe_pattern"), layers)}
 
 
 def _shortest(pattern: str, own: Any, layers: int) -> str:

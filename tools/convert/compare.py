@@ -1,0 +1,103 @@
+"""Is an exported file still the same model? Texts to run it on, our own log-probabilities for them, and the result in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.tokenizer import BPETokenizer
+    from model.transformer import SmartHaoAI
+
+GREEDY_TOKENS = 12
+TIE = 1e-3  # nats: below it the order of our two best tokens is rounding
+
+# What breaks converters: scripts without spaces, runs of white space, digits, full-width and combining characters, characters of
+# several code points, tokens cut inside a character, structural tokens written as text.
+PROBE_TEXTS: tuple[str, ...] = (
+    "清晨的阳光照进教室，同学们正在朗读课文。",
+    "The train leaves at 7:45, so please don't be late!",
+    'def total(prices):\n    """Sum of a list."""\n\treturn sum(p * 1.08 for p in prices)  # 8% tax\n',
+    "ＡＢＣ１２３，全角字符！～「引号」\u3000空格",
+    "笑脸 😀👍🏽 家庭 👨‍👩‍👧 旗帜 🇨🇳",
+    "12345 + 67890 = 80235; 3.14159; 2024年10月1日",
+    "  two spaces,\t\ttabs\n\n\nblank lines   \n end ",
+    "naïve café e\u0301 Ångström Привет 안녕하세요",
+    "<|im_start|>user\n<think>not a tag</think></s>",
+)
+
+
+@dataclass
+class Comparison:
+    """What running an exported file showed, against the checkpoint that it was made from."""
+
+    runtime: str
+    """The program and version that ran it."""
+    largest: float
+    """Largest |difference| of a log-probability, in nats; nan when nothing could be compared."""
+    tokens: int
+    """Positions compared."""
+    same_ids: bool | None
+    """Whether its tokenizer gave our ids; None: it has none."""
+    same_greedy: bool | None
+    """Whether greedy decoding gave our tokens; None: not tried."""
+    same_template: bool | None = None
+    """Whether its chat template gave our renderer's text or ids; None: it has none."""
+    note: str = ""
+
+    def line(self) -> str:
+        """The result for people."""
+        words = {True: "equal", False: "DIFFERENT", None: "not compared"}
+        text = f"{self.runtime}: largest log-probability difference {self.largest:.2e} nats over {self.tokens:,} tokens"
+        text += f"; token ids {words[self.same_ids]}; greedy continuation {words[self.same_greedy]}"
+        if self.same_template is not None:
+            text += f"; chat template {words[self.same_template]}"
+        return f"{text}; {self.note}" if self.note else text
+
+
+def probe_rows(tokenizer: BPETokenizer, context: int) -> list[list[int]]:
+    """Token rows to run a model on: the probe texts, each after what a document begins with, cut to `context` tokens."""
+    start = document_start(tokenizer)
+    return [(start + tokenizer.encode(text))[:context] for text in PROBE_TEXTS]
+
+
+def document_start(tokenizer: BPETokenizer) -> list[int]:
+    """The ids that a document begins with: the BOS token where the tokenizer has one, else the mark between documents."""
+    given = getattr(tokenizer, "document_start", None)
+    return list(given()) if given is not None else [tokenizer.document_end_id]
+
+
+@torch.inference_mode()
+def log_probs(model: SmartHaoAI, ids: list[int]) -> Tensor:
+    """Log-probabilities (T, V), fp32, of the token after each of `ids`."""
+    device = next(model.parameters()).device
+    return model(torch.tensor([ids], device=device)).logits[0].float().log_softmax(-1).cpu()
+
+
+@torch.inference_mode()
+def greedy(model: SmartHaoAI, ids: list[int], count: int) -> list[int]:
+    """The `count` most likely next tokens, one after the other; no end token stops them. Fewer where the context is full."""
+    room = model.config.max_position_embeddings - len(ids)
+    given = list(ids)
+    for _ in range(min(count, room)):
+        given.append(int(log_probs(model, given)[-1].argmax()))
+    return given[len(ids) :]
+
+
+def same_greedy(model: SmartHaoAI, ids: list[int], theirs: list[int], stops: Collection[int] = ()) -> bool:
+    """Whether `theirs`, decoded greedily after `ids`, is what our model gives (to the first tie, or to a token of `stops`)."""
+    ours = greedy(model, ids, GREEDY_TOKENS)
+    for index, token in enumerate(ours):
+        if index == len(theirs):
+            return bool(theirs) and theirs[-1] in stops
+        if theirs[index] != token:
+            scores = log_probs(model, ids + ours[:index])[-1]
+            return bool(scores[token] - scores[theirs[index]] < TIE)
+    return True
+
+
+__all__ = ["PROBE_TEXTS", "GREEDY_TOKENS", "Comparison", "document_start", "greedy", "log_probs", "probe_rows", "same_greedy"]
