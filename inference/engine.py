@@ -127,12 +127,12 @@ class Engine:
         return self.config.max_position_embeddings
 
     def end_tokens(self, settings: SamplingSettings) -> tuple[int, ...]:
-        """The ids that end a reply: those of the settings, else the tokenizer's end of turn and end of document."""
+        """The ids that end a reply: those of the settings, else all that the tokenizer names."""
         if settings.eos_token_id is not None:
             return settings.eos_ids
         if self.tokenizer is None:
             return ()
-        return tuple({self.tokenizer.eos_token_id: None, self.tokenizer.document_end_id: None})
+        return tuple(self.tokenizer.stop_ids)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         parameter = next(self.model.parameters())

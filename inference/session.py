@@ -19,7 +19,7 @@ import torch
 
 from inference.engine import Engine, PromptCache
 from inference.sampling import SamplingSettings
-from inference.text import THINK_OPEN, Channel
+from inference.text import THINK_OPEN, Channel, special_id, starts_in_reasoning
 from model.checkpoint import find_model
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
@@ -188,8 +188,16 @@ class ChatSession:
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         rendered = self.tokenizer.render(system + messages, add_generation_prompt=True, enable_thinking=self.enable_thinking)
-        opened = self.tokenizer.encode(THINK_OPEN + "\n", parse_special=True) if self.enable_thinking else []
-        return [*rendered.ids, *opened]
+        if not self.enable_thinking:
+            return rendered.ids
+        if special_id(self.tokenizer, THINK_OPEN) is None:
+            raise ValueError(
+                f"thinking was asked for, but this model's vocabulary has no {THINK_OPEN} token: it was not trained to think apart; "
+                "leave enable_thinking at None"
+            )
+        if starts_in_reasoning(self.tokenizer, rendered.ids):  # some templates open the thinking themselves
+            return rendered.ids
+        return [*rendered.ids, *self.tokenizer.encode(THINK_OPEN + "\n", parse_special=True)]
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
@@ -217,4 +225,9 @@ def _preset_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(stored, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(stored).__name__}")
-    return {name: stored[name] for name in PRESETTABLE if stored.get(name) is not None}
+    preset = {name: stored[name] for name in PRESETTABLE if stored.get(name) is not None}
+    # transformers then takes the likeliest token, whatever the temperature. A file that does not say it (there: greedy too) was
+    # mostly written without a thought to sampling, as of a base model: our own defaults serve a conversation better.
+    if stored.get("do_sample") is False:
+        preset["temperature"] = 0.0
+    return preset

@@ -14,16 +14,18 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 def special_id(tokenizer: Any, name: str) -> int | None:
     """The id of a special token, or None when the tokenizer has no such token."""
-    ids = tokenizer.encode(name, parse_special=True)
-    return ids[0] if len(ids) == 1 else None
+    found = tokenizer.token_id(name)
+    return None if found is None else int(found)
 
 
 def starts_in_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
     """Whether a prompt (token ids) ends inside an open <think>, so that the reply begins with thinking."""
-    opened, closed = special_id(tokenizer, THINK_OPEN), special_id(tokenizer, THINK_CLOSE)
-    turn = special_id(tokenizer, "<|im_start|>")
+    opened = special_id(tokenizer, THINK_OPEN)
+    if opened is None:
+        return False
+    edges = {special_id(tokenizer, THINK_CLOSE), special_id(tokenizer, "<|im_start|>"), *tokenizer.stop_ids}
     for token in reversed(prompt):
-        if token in (closed, turn):
+        if token in edges:
             return False
         if token == opened:
             return True
@@ -34,7 +36,8 @@ class ReplyText:
     """Turns the tokens of one reply into segments (channel, text) as early as they are certain.
 
     A character is held back until all its bytes are there, and the end of the answer as long as it may be the beginning
-    of a stop string. Bytes that can never become a character show as U+FFFD; a character cut off by the end is dropped.
+    of a stop string. Bytes that can never become a character show as U+FFFD; a character cut off by the end is dropped, and so
+    is the space that a SentencePiece tokenizer writes before the first word.
     Stop strings are looked for in the answer, not in the thinking.
     """
 
@@ -49,6 +52,7 @@ class ReplyText:
         self._pending = ""  # answer text that may be the beginning of a stop string
         self._line_ends = ""  # line ends of the thinking that are dropped if the thinking ends here
         self._skip_line_ends = reasoning  # at the beginning of the thinking, and of the answer after it
+        self._skip_space = tokenizer.drops_first_space
         self._parts: dict[Channel, list[str]] = {"reasoning": [], "answer": []}
         self.stopped = False
         """True once a stop string was found; later tokens are ignored."""
@@ -88,10 +92,14 @@ class ReplyText:
         segments = self.finish()
         self.in_reasoning = reasoning
         self._skip_line_ends = True
+        self._skip_space = self._tokenizer.drops_first_space
         self._line_ends = ""
         return segments
 
     def _take(self, text: str) -> list[Segment]:
+        if self._skip_space and text:
+            text = text.removeprefix(" ")
+            self._skip_space = False
         if self._skip_line_ends:
             text = text.lstrip("\n")
             self._skip_line_ends = not text

@@ -2,7 +2,9 @@
 
 `TEMPLATE_SOURCE` marks what the assistant says with {% generation %} ... {% endgeneration %}. `STORED_TEMPLATE`, written to
 chat_template.jinja, is the same text without the marks, because plain Jinja and llama.cpp do not know them. Rendering for
-training replaces each mark by a random token that cannot stand in a text, and reads the spans from the result.
+training writes a random token that cannot stand in a text in place of each mark, and reads the spans from the result. Templates
+of other models run in the same sandbox, with the names that transformers gives them; `model.chat_spans` finds the assistant's
+words in those without marks.
 
 What the format does: a system turn (with the tool list when there is one); user and assistant turns between <|im_start|> and
 <|im_end|>; the last assistant turn carries its reasoning in <think>, empty when there is none; reasoning of turns before the
@@ -11,13 +13,19 @@ last user question is left out; tool results are wrapped in a user turn.
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _BEGIN, _END = "{% generation %}", "{% endgeneration %}"
@@ -92,39 +100,81 @@ def render_spans(
     add_generation_prompt: bool = False,
     enable_thinking: bool | None = None,
     template: str = TEMPLATE_SOURCE,
+    tokens: Mapping[str, str] | None = None,
 ) -> list[tuple[str, bool]]:
-    """The conversation as pieces of text, each with whether the assistant says it. Raises ValueError for unusable messages."""
+    """The conversation as pieces of text, each with whether it stands in a generation mark of the template.
+
+    tokens: the names that a template may write itself ("bos_token", "eos_token", ...). Raises ValueError for unusable messages.
+    """
     if not messages:
         raise ValueError("a conversation needs at least one message")
-    mark = f"\x02{secrets.token_hex(16)}\x03"  # unguessable, so that no content can open or close a span
-    variables: dict[str, Any] = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+    mark = unguessable("\x02", "\x03")
+    variables: dict[str, Any] = {**(tokens or {}), "messages": messages, "tools": tools, "documents": None}
+    variables.update({"add_generation_prompt": add_generation_prompt, _MARK: mark})
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
     try:
-        text = _compiled(template).render(mark=mark, **variables)
-    except (TemplateError, TypeError) as error:
+        text = _compiled(template).render(**variables)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"the chat template cannot render this conversation: {error}") from error
     pieces = text.split(mark)
     return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 
+def unguessable(begin: str, end: str) -> str:
+    """A mark that cannot stand in a text by chance or ill will: 16 random bytes as private-use characters, which JSON, filters such
+    as `upper` and `trim`, and comparisons of a template leave alone."""
+    return begin + "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(16)) + end
+
+
+def has_generation_marks(template: str) -> bool:
+    """Whether a template says itself which words are the assistant's."""
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+
+
+def turn_ending(template: str, tokens: Mapping[str, str]) -> str:
+    """What a template writes behind the words of an assistant; "" when it refuses the smallest conversation."""
+    words = f"words{secrets.token_hex(8)}"
+    messages = [{"role": "user", "content": "words"}, {"role": "assistant", "content": words}]
+    try:
+        text = "".join(piece for piece, _ in render_spans(messages, template=template, tokens=tokens))
+    except ValueError:
+        return ""
+    return text.rpartition(words)[2] if words in text else ""
+
+
+_MARK = "generation_mark"
+
+
+class _GenerationMarks(Extension):
+    """{% generation %} ... {% endgeneration %}, in any spelling of its whitespace: the block's text between two marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked", [nodes.ContextReference()]), [], [], body).set_lineno(line)
+
+    def _marked(self, context: Context, caller: Callable[[], str]) -> str:
+        mark = str(context.get(_MARK, ""))
+        return mark + caller() + mark
+
+
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # With trim_blocks a block tag swallows the line end behind it, an expression does not: the marks' lines are joined by hand.
-    for tag in (_BEGIN, _END):
-        template = template.replace(tag + "\n", tag).replace(tag, "{{ mark }}")
     return environment.from_string(template)
 
 
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
 ) -> str:
-    import json
-
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -108,9 +108,14 @@ def check_file(file: DataFile | Path, tokenizer: BPETokenizer | None = None, sho
         except RowError as error:
             report.bad.add(path, row.line, str(error))
             continue
+        try:
+            tokens = None if tokenizer is None else max(len(ids) for ids, _ in marked_tokens(sample, tokenizer))
+        except ValueError as error:  # the chat template of an imported model refuses it
+            report.bad.add(path, row.line, str(error))
+            continue
         report.formats[format_name(row.value)] += 1
         report.kept += 1
-        _measure(report, sample, tokenizer)
+        _measure(report, sample, tokens)
         if len(report.samples) < show:
             report.samples.append((row.line, sample))
     return report
@@ -125,14 +130,14 @@ def _check_token_file(report: FileReport) -> None:
     report.kept = 1
 
 
-def _measure(report: FileReport, sample: Sample, tokenizer: BPETokenizer | None) -> None:
+def _measure(report: FileReport, sample: Sample, tokens: int | None) -> None:
     text = "\n".join(_strings(sample))
     report.characters.append(len(text))
     report.languages[language_of(text)] += 1
     digest = hashlib.blake2b(_identity(sample).encode("utf-8"), digest_size=8).digest()
     report.hashes.append(int.from_bytes(digest, "big"))
-    if tokenizer is not None:
-        report.tokens.append(max(len(ids) for ids, _ in marked_tokens(sample, tokenizer)))
+    if tokens is not None:
+        report.tokens.append(tokens)
 
 
 def language_of(text: str) -> str:
@@ -178,12 +183,11 @@ def marked_tokens(sample: Sample, tokenizer: BPETokenizer) -> list[tuple[list[in
         rendered = tokenizer.render(sample.messages, sample.tools)
         return [(rendered.ids, rendered.loss_mask)]
     answers = (sample.chosen, sample.rejected) if isinstance(sample, Preference) else (sample.completion,)
-    prompt = len(tokenizer.render(sample.prompt, sample.tools, add_generation_prompt=True).ids)
     sequences = []
     for answer in answers:
-        rendered = tokenizer.render(sample.prompt + answer, sample.tools)
-        learned = [mask and index >= prompt for index, mask in enumerate(rendered.loss_mask)]
-        sequences.append((rendered.ids, learned))
+        messages = sample.prompt + answer
+        rendered = tokenizer.render(messages, sample.tools, learn=set(range(len(sample.prompt), len(messages))))
+        sequences.append((rendered.ids, rendered.loss_mask))
     return sequences
 
 

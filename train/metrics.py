@@ -148,8 +148,8 @@ class BitsPerByte:
 def bits_per_byte(model: SmartHaoAI, tokenizer: BPETokenizer, texts: Iterable[str], context: int, stride: int | None = None) -> BitsPerByte:
     """Bits per UTF-8 byte of texts, each on its own, whatever the tokenizer.
 
-    A window's input is at most `context` tokens. With stride = context every window begins with the document-end token, which
-    is not scored, and scores `context` tokens; with a smaller stride a window scores its last `stride` tokens and sees the ones
+    A window's input is at most `context` tokens. With stride = context every window begins with the token that documents begin
+    with, which is not scored, and scores `context` tokens; with a smaller stride a window scores its last `stride` tokens and sees the ones
     before. Every token of a text is scored exactly once. Raises ValueError for a context the model does not have.
     """
     stride = context if stride is None else stride
@@ -162,7 +162,7 @@ def bits_per_byte(model: SmartHaoAI, tokenizer: BPETokenizer, texts: Iterable[st
         ids = tokenizer.encode(text)
         total.bytes += len(text.encode("utf-8"))
         total.tokens += len(ids)
-        sequence = [tokenizer.document_end_id, *ids]
+        sequence = [*tokenizer.document_start(), *ids]
         for window in _windows(sequence, context, stride):
             waiting.append(window)
             if len(waiting) == EVALUATION_ROWS * 8:

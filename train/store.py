@@ -167,8 +167,12 @@ def _documents(path: Path, tokenizer: BPETokenizer, kind: str, share: float, bad
         texts = (text for _, text in read_samples(path, bad, as_text))
         yield from _in_pieces(texts, len, lambda piece: _encode_texts(piece, tokenizer, share))
     else:
-        conversations = (sample for _, sample in read_samples(path, bad, as_conversation))
-        yield from _in_pieces(conversations, _conversation_size, lambda piece: _encode_conversations(piece, tokenizer, share))
+        conversations = read_samples(path, bad, as_conversation)
+        for line, row in _in_pieces(conversations, _conversation_size, lambda piece: _encode_conversations(piece, tokenizer, share)):
+            if isinstance(row, str):
+                bad.add(path, line, row)
+            else:
+                yield row
 
 
 def _in_pieces(items: Iterable[Any], size: Callable[[Any], int], encode: Callable[[list[Any]], list[Any]]) -> Iterator[Any]:
@@ -192,20 +196,28 @@ def _in_pieces(items: Iterable[Any], size: Callable[[Any], int], encode: Callabl
 
 
 def _encode_texts(texts: list[str], tokenizer: BPETokenizer, share: float) -> list[tuple[bool, Encoded]]:
-    """A document is its text between two document-end tokens: the first gives the text's beginning something to follow."""
-    end = tokenizer.document_end_id
+    """A document is its text between a beginning, which gives its first word something to follow (ours: the document-end token;
+    a tokenizer with a BOS: that), and a document-end token."""
+    start, end = tokenizer.document_start(), tokenizer.document_end_id
     encoded = tokenizer.encode_batch(texts)
-    return [(held_out(text.encode("utf-8"), share), ([end, *ids, end], None)) for text, ids in zip(texts, encoded, strict=True)]
+    return [(held_out(text.encode("utf-8"), share), ([*start, *ids, end], None)) for text, ids in zip(texts, encoded, strict=True)]
 
 
-def _encode_conversations(conversations: list[Conversation], tokenizer: BPETokenizer, share: float) -> list[tuple[bool, Encoded]]:
-    rows: list[tuple[bool, Encoded]] = []
-    for conversation in conversations:
+def _encode_conversations(
+    conversations: list[tuple[int, Conversation]], tokenizer: BPETokenizer, share: float
+) -> list[tuple[int, tuple[bool, Encoded] | str]]:
+    """(line, row) of every row to train on, or (line, reason) for a conversation that the chat template cannot write."""
+    rows: list[tuple[int, tuple[bool, Encoded] | str]] = []
+    for line, conversation in conversations:
         key = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, sort_keys=True).encode("utf-8")
         is_val = held_out(key, share)
-        for messages, learn in training_turns(conversation.messages):
-            rendered = tokenizer.render(messages, conversation.tools, learn=learn)
-            rows.append((is_val, (rendered.ids, rendered.loss_mask)))
+        try:
+            turns = training_turns(conversation.messages)
+            rendered = [tokenizer.render(messages, conversation.tools, learn=learn) for messages, learn in turns]
+        except ValueError as error:
+            rows.append((line, str(error)))
+        else:
+            rows += [(line, (is_val, (r.ids, r.loss_mask))) for r in rendered]
     return rows
 
 
@@ -233,21 +245,23 @@ def _reasons(message: dict[str, Any]) -> bool:
     return bool(message.get("reasoning_content")) or "</think>" in (message.get("content") or "")
 
 
-def _conversation_size(conversation: Conversation) -> int:
-    return sum(len(m.get("content") or "") + len(m.get("reasoning_content") or "") + 20 for m in conversation.messages)
+def _conversation_size(numbered: tuple[int, Conversation]) -> int:
+    return sum(len(m.get("content") or "") + len(m.get("reasoning_content") or "") + 20 for m in numbered[1].messages)
 
 
 def _token_documents(path: Path, tokenizer: BPETokenizer, share: float) -> Iterator[tuple[bool, Encoded]]:
     ids = read_token_ids(path)
-    end = tokenizer.document_end_id
-    for start in range(0, len(ids), PIECE_CHARACTERS):
-        piece = np.asarray(ids[start : start + PIECE_CHARACTERS])
+    beginning, end = tokenizer.document_start(), tokenizer.document_end_id
+    for at in range(0, len(ids), PIECE_CHARACTERS):
+        piece = np.asarray(ids[at : at + PIECE_CHARACTERS])
         if piece.size and (piece.min() < 0 or piece.max() >= tokenizer.vocab_size):
             raise ValueError(f"{path} holds id {int(piece.max())}, outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
         for document in np.split(piece, np.nonzero(piece == end)[0]):
             words = document[document != end]
+            if words.size and words[0] == beginning[0]:
+                words = words[1:]
             if words.size:
-                yield held_out(words.tobytes(), share), ([end, *words.tolist(), end], None)
+                yield held_out(words.tobytes(), share), ([*beginning, *words.tolist(), end], None)
 
 
 class _Writer:

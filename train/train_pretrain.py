@@ -22,7 +22,7 @@ def sample_continuations(model: SmartHaoAI, tokenizer: BPETokenizer) -> list[tup
     """(beginning, continuation) pairs that show what the model has learned; what a very short context cannot hold is left out."""
     from inference import Engine, SamplingSettings
 
-    encoded = {text: [tokenizer.document_end_id, *tokenizer.encode(text)] for text in SAMPLE_BEGINNINGS}
+    encoded = {text: [*tokenizer.document_start(), *tokenizer.encode(text)] for text in SAMPLE_BEGINNINGS}
     prompts = {text: ids for text, ids in encoded.items() if len(ids) < model.config.max_position_embeddings}
     settings = SamplingSettings(max_new_tokens=60, temperature=0.7, top_p=0.9, seed=0, eos_token_id=tokenizer.document_end_id)
     answers = Engine(model, tokenizer).generate(list(prompts.values()), settings) if prompts else []

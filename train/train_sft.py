@@ -34,7 +34,7 @@ def sample_answers(model: SmartHaoAI, tokenizer: BPETokenizer) -> list[tuple[str
 
     rendered = {q: tokenizer.render([{"role": "user", "content": q}], add_generation_prompt=True).ids for q in SAMPLE_QUESTIONS}
     prompts = {q: ids for q, ids in rendered.items() if len(ids) < model.config.max_position_embeddings}
-    settings = SamplingSettings(max_new_tokens=120, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
+    settings = SamplingSettings(max_new_tokens=120, temperature=0.0)
     answers = Engine(model, tokenizer).generate(list(prompts.values()), settings) if prompts else []
     return [(question, spoken(completions[0])) for question, completions in zip(prompts, answers, strict=True)]
 

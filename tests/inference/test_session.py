@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from imported_helpers import STYLES
 
 from inference import ChatSession, SamplingSettings
+from model import BPETokenizer
 
 
 def make_session(model, tokenizer, **settings):
@@ -134,3 +136,62 @@ def test_loading_a_conversation(model, tokenizer):
 def test_tokenizer_of_another_model_is_refused(make_model, tokenizer):
     with pytest.raises(ValueError, match="do not belong together"):
         ChatSession(make_model(vocab_size=64), tokenizer)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_imported_tokenizers_chat(style, make_model, tmp_path, monkeypatch):
+    """A foreign model's reply that does not stop at its own end token, or begins with the space of its tokenizer."""
+    foreign = BPETokenizer.from_pretrained(STYLES[style](tmp_path))
+    chat = make_session(make_model(foreign), foreign, max_new_tokens=40)
+    end = foreign.backend.id_to_token(foreign.stop_ids[-1])
+    Scripted(chat, foreign, monkeypatch, "hello there" + end + "never", "fine 你好\n" + end)
+    assert "".join(chat.stream("the cat")) == "hello there" == chat.last.text and chat.last.finish_reason == "stop"
+    # Between special tokens, the legacy way of Llama 2 writes a space behind each; the scripted text has none there.
+    assert chat.chat("and now?") == "fine 你好\n" and chat.last.reused_tokens > 0
+    assert chat.messages[-1]["content"] == "fine 你好\n"
+
+
+def test_a_vocabulary_without_thinking(make_model, tmp_path):
+    """<think> cut into "<", "think", ">" would end in a prompt as if it meant something; other tokens must not stand for it."""
+    foreign = BPETokenizer.from_pretrained(STYLES["llama3"](tmp_path))
+    chat = make_session(make_model(foreign), foreign)
+    assert isinstance(chat.chat("hello"), str)
+    said = list(chat.messages)
+    chat.enable_thinking = True
+    with pytest.raises(ValueError, match="no <think> token.*enable_thinking"):
+        chat.chat("hello")
+    assert chat.messages == said
+    chat.enable_thinking = False
+    assert isinstance(chat.chat("hello"), str)
+
+
+def test_a_template_that_opens_the_thinking_itself(model, tokenizer, monkeypatch):
+    """A second <think> behind the one of the template is a prompt that no model was trained on."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}<|im_start|>assistant\n<think>\n"
+    )
+    own = BPETokenizer(tokenizer.backend, template)
+    chat = make_session(model, own, max_new_tokens=40)
+    chat.enable_thinking = True
+    Scripted(chat, own, monkeypatch, "hm</think>\n\nyes<|im_end|>")
+    assert chat.chat("sure?") == "yes" and chat.last.reasoning == "hm"
+    chat.messages.append({"role": "user", "content": "x"})
+    assert chat._fitting_prompt().count(own.token_id("<think>")) == 1
+
+
+@pytest.mark.parametrize(
+    "stored, expected",
+    [
+        ({"do_sample": False, "temperature": 0.6}, 0.0),
+        ({"do_sample": True, "temperature": 0.6}, 0.6),
+        ({"temperature": 0.6}, 0.6),
+        ({}, SamplingSettings().temperature),
+    ],
+)
+def test_generation_config(stored, expected, model, tokenizer, tmp_path):
+    """A file that asks for the likeliest tokens must be obeyed, unless the caller asks for something else."""
+    model.save_pretrained(tmp_path, tokenizer)
+    (tmp_path / "generation_config.json").write_text(json.dumps({**stored, "eos_token_id": [tokenizer.encode("a")[0]]}))
+    chat = ChatSession.from_pretrained(tmp_path, device="cpu")
+    assert chat.settings.temperature == expected and tokenizer.encode("a")[0] in chat.tokenizer.stop_ids
+    assert ChatSession.from_pretrained(tmp_path, device="cpu", temperature=0.3).settings.temperature == 0.3

@@ -319,13 +319,17 @@ def test_unusable_conversations_are_value_errors(messages: list[dict[str, Any]],
         tiny_tokenizer.render(messages)
 
 
-def test_an_imported_template_is_used_and_cannot_be_trained_on(tiny_tokenizer: BPETokenizer, tmp_path: Path) -> None:
+def test_an_imported_template_is_used(tiny_tokenizer: BPETokenizer, tmp_path: Path) -> None:
     """Guards: a foreign checkpoint that is chatted with in our format instead of its own."""
     tiny_tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}", encoding="utf-8")
-    rendered = BPETokenizer.from_pretrained(tmp_path).render([user("a<|im_end|>"), says("b")])
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = BPETokenizer.from_pretrained(tmp_path)
+    rendered = tokenizer.render([user("a<|im_end|>"), says("b")], add_generation_prompt=True)
     assert rendered.text == "[user] a<|im_end|>\n[assistant] b\n"
     assert not any(rendered.loss_mask) and control_count(tiny_tokenizer, rendered.ids) == 0
+    with pytest.raises(ValueError, match="no stop token behind message 2.*eos_token"):
+        tokenizer.render([user("a"), says("b")])
 
 
 def test_a_template_cannot_reach_the_program(tiny_tokenizer: BPETokenizer) -> None:

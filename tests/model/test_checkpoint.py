@@ -253,3 +253,4 @@ def test_an_interrupted_save_keeps_the_old_weights(tiny_model: SmartHaoAI, tmp_p
         tiny_model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     SmartHaoAI.from_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))

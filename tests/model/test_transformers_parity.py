@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from parity_helpers import assert_equal_logits, load_theirs
 
 from model import HaoAIConfig, SmartHaoAI
 from model.transformer import pad_left
 
 transformers = pytest.importorskip("transformers", reason="parity tests need: pip install -e .[parity]")
 
-TOLERANCE = 2e-5  # of the largest logit: two implementations, fp32
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -43,18 +43,6 @@ OURS: dict[str, dict[str, Any]] = {
     "llama-yarn-mscale": {"qk_norm": False, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}},
     "llama-yarn-no-original": {"qk_norm": False, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
 }
-
-
-def load_theirs(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-
-
-def assert_equal_logits(ours: SmartHaoAI, theirs: Any, length: int = 40) -> None:
-    ids = torch.randint(ours.config.vocab_size, (2, length))
-    with torch.no_grad():
-        actual, expected = ours(ids).logits, theirs(ids).logits
-    error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
-    assert error <= TOLERANCE * largest, f"largest error {error:.3g} with a largest logit of {largest:.3g}"
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -141,3 +141,13 @@ def test_tokens_and_context(tmp_path: Path, tokenizer: BPETokenizer, capsys: pyt
     assert main([*arguments, "--show", "2"]) == 0
     out = capsys.readouterr().out
     assert "1 rows (50.0%) exceed the context of 60 tokens" in out and "line 2, conversation:" in out
+
+
+def test_rows_that_an_imported_template_refuses_are_bad(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    """The report calls a row usable that training then leaves out."""
+    template = "{% for m in messages %}{{ m.content | replace('drop', '') if m.role == 'user' else m.content[:3] }}<|im_end|>{% endfor %}"
+    foreign = BPETokenizer(tokenizer.backend, template)
+    report = check_file(write(tmp_path / "a.jsonl", [{"text": "plain"}, CHAT]), foreign)
+    assert (report.kept, report.bad.total, len(report.tokens)) == (1, 1, 1)
+    assert report.bad.first[0].line == 2 and "message 2" in report.bad.first[0].reason
+    assert check_file(tmp_path / "a.jsonl", tokenizer).bad.total == 0

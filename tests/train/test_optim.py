@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from model import SmartHaoAI
+from model import HaoAIConfig, SmartHaoAI
 from train.config import OptimizationConfig
 from train.optim import Muon, build_optimizers, lr_factor, orthogonalise
 
@@ -97,3 +97,52 @@ def test_muon_treats_fused_matrices_apart(tiny_model: SmartHaoAI) -> None:
         apart.step()
     for (weight, _), pieces in zip(cases, parts, strict=True):
         torch.testing.assert_close(weight.detach(), torch.cat([p.detach() for p in pieces]))
+
+
+def test_muon_treats_every_expert_apart() -> None:
+    """Guards stacks of experts: the update of a stack equals that of each expert's gate, up and down matrix by itself."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 20, "n_expert": 3, "moe_intermediate_size": 12, "n_shared_expert": 1}
+    model = SmartHaoAI(HaoAIConfig(**shape))
+    layers = model.expert_layers
+    fused = build_optimizers(model, OptimizationConfig(optimizer="muon", lr=0.1, weight_decay=0.1), "cpu")[1]
+    stacks = [(layer.gate_up_proj, 2) for layer in layers] + [(layer.down_proj, 1) for layer in layers]
+    parts = [[torch.nn.Parameter(half.clone()) for expert in stack.detach() for half in expert.chunk(n)] for stack, n in stacks]
+    apart = Muon([{"params": [p for pieces in parts for p in pieces]}], lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        for (stack, n), pieces in zip(stacks, parts, strict=True):
+            stack.grad = torch.randn_like(stack)
+            stack.grad[1] = 0  # an expert without tokens
+            for piece, grad in zip(pieces, [half for expert in stack.grad for half in expert.chunk(n)], strict=True):
+                piece.grad = grad.clone()
+        fused.step()
+        apart.step()
+    for (stack, n), pieces in zip(stacks, parts, strict=True):
+        expected = torch.stack([torch.cat([p.detach() for p in pieces[e * n : e * n + n]]) for e in range(3)])
+        torch.testing.assert_close(stack.detach(), expected)
+        assert torch.isfinite(stack).all()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_experts_have_one_optimiser_and_routers_are_not_orthogonalised(name: str) -> None:
+    """Guards stacks that belong to no optimiser or are not decayed, routers in Muon, and choice biases that are trained."""
+    shape: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 20, "n_expert": 3, "router_bias_rate": 0.1, "moe_pattern": "DE"}
+    model = SmartHaoAI(HaoAIConfig(**shape))
+    optimizers = build_optimizers(model, OptimizationConfig(optimizer=name, weight_decay=0.1), "cpu")
+    held = {id(p): (o, g) for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert held.keys() == {id(p) for p in model.parameters()}
+    (layer,) = model.expert_layers
+    for stack in (layer.gate_up_proj, layer.down_proj):
+        optimizer, group = held[id(stack)]
+        assert group["weight_decay"] == 0.1 and isinstance(optimizer, Muon) == (name == "muon")
+    assert not isinstance(held[id(layer.gate.weight)][0], Muon)
+    assert layer.choice_bias is not None and not layer.choice_bias.requires_grad
+
+
+def test_biases_are_not_decayed() -> None:
+    """Guards the biases of queries, keys and values: no decay, not in Muon."""
+    model = SmartHaoAI(HaoAIConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=20, qk_norm=False, attention_bias=True))
+    for name in ("adamw", "muon"):
+        for optimizer in build_optimizers(model, OptimizationConfig(optimizer=name, weight_decay=0.1), "cpu"):
+            for group in optimizer.param_groups:
+                assert all(p.dim() >= 2 or (group["weight_decay"] == 0.0 and not isinstance(optimizer, Muon)) for p in group["params"])

@@ -61,14 +61,8 @@ class Comparison:
 
 def probe_rows(tokenizer: BPETokenizer, context: int) -> list[list[int]]:
     """Token rows to run a model on: the probe texts, each after what a document begins with, cut to `context` tokens."""
-    start = document_start(tokenizer)
+    start = tokenizer.document_start()
     return [(start + tokenizer.encode(text))[:context] for text in PROBE_TEXTS]
-
-
-def document_start(tokenizer: BPETokenizer) -> list[int]:
-    """The ids that a document begins with: the BOS token where the tokenizer has one, else the mark between documents."""
-    given = getattr(tokenizer, "document_start", None)
-    return list(given()) if given is not None else [tokenizer.document_end_id]
 
 
 @torch.inference_mode()
@@ -100,4 +94,4 @@ def same_greedy(model: SmartHaoAI, ids: list[int], theirs: list[int], stops: Col
     return True
 
 
-__all__ = ["PROBE_TEXTS", "GREEDY_TOKENS", "Comparison", "document_start", "greedy", "log_probs", "probe_rows", "same_greedy"]
+__all__ = ["PROBE_TEXTS", "GREEDY_TOKENS", "Comparison", "greedy", "log_probs", "probe_rows", "same_greedy"]
