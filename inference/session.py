@@ -21,6 +21,7 @@ from inference.engine import Engine, PromptCache
 from inference.sampling import SamplingSettings
 from inference.text import THINK_OPEN, Channel, special_id, starts_in_reasoning
 from model.checkpoint import find_model
+from model.device import find_device
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 
@@ -198,21 +199,6 @@ class ChatSession:
         if starts_in_reasoning(self.tokenizer, rendered.ids):  # some templates open the thinking themselves
             return rendered.ids
         return [*rendered.ids, *self.tokenizer.encode(THINK_OPEN + "\n", parse_special=True)]
-
-
-def find_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of that name, or the best one here. Raises ValueError when there is none of that name."""
-    if name is None or name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here ({reason}); try cpu") from error
-    return device
 
 
 def _preset_settings(path: Path) -> dict[str, Any]:

@@ -127,7 +127,10 @@ def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype |
 def _write_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> dict[str, int]:
     tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    file.touch()
+    mode = file.stat().st_mode  # what the user's umask asks for; safetensors makes files that only their owner can read
     save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
+    file.chmod(mode)
     sync(file)
     return checksums
 

@@ -282,9 +282,10 @@ def _refuse_unsupported(data: dict[str, Any], kind: str, file: Path) -> None:
 
 
 def _rope_from_disk(data: dict[str, Any]) -> dict[str, Any]:
-    new, old = dict(data.get("rope_parameters") or {}), data.get("rope_scaling") or {}
-    fields: dict[str, Any] = {"rope_theta": new.pop("rope_theta", None) or data.get("rope_theta") or 10000.0}
-    scaling = {k: v for k, v in {**old, **new}.items() if v is not None and k not in ("partial_rotary_factor", "rope_theta")}
+    # Where a file has both, transformers goes by the old name, and by the base that stands beside the scaling.
+    given = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    fields: dict[str, Any] = {"rope_theta": given.get("rope_theta") or data.get("rope_theta") or 10000.0}
+    scaling = {k: v for k, v in given.items() if v is not None and k not in ("partial_rotary_factor", "rope_theta")}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         fields["rope_scaling"] = scaling
     return fields

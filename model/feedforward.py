@@ -131,11 +131,16 @@ def z_loss(layers: list[Routing]) -> Tensor:
 
 def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """rows (R, I), of which the first counts[0] belong to expert 0 and so on, times weights (E, O, I): (R, O)."""
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and kernel_fits(weights):
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
     # One product an expert; an expert without rows costs nothing where nothing is learned.
     pairs = list(zip(rows.split(counts.tolist()), weights.unbind(0), strict=True))
     return torch.cat([F.linear(part, weight) for part, weight in pairs if torch.is_grad_enabled() or len(part)])
+
+
+def kernel_fits(weights: Tensor) -> bool:
+    """Whether torch's grouped kernel takes bf16 weights (E, O, I), in both directions: it wants rows of a multiple of 16 bytes."""
+    return all(size % 8 == 0 for size in weights.shape[1:])
 
 
 class _Dispatch(torch.autograd.Function):

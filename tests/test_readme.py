@@ -21,7 +21,7 @@ import pytest
 from train import config as settings
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("README", "docs/data", "docs/training", "docs/chat", "docs/model", "docs/names")
+GUIDES = ("README", "docs/data", "docs/training", "docs/chat", "docs/model", "docs/names", "docs/checkpoints", "docs/tokenizer")
 PAGES = [f"{guide}{language}.md" for guide in GUIDES for language in ("", ".zh")]
 STAGES: dict[str, type[settings.StageConfig]] = {
     "train.train_tokenizer": settings.TokenizerStageConfig,
@@ -29,6 +29,8 @@ STAGES: dict[str, type[settings.StageConfig]] = {
     "train.train_sft": settings.SFTConfig,
 }
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# What a program of the guides cannot run without.
+NEEDS = {"tools.convert": ("gguf", "onnx"), "tools.parity": ("transformers",)}
 # What makes a command of the guides small enough for a test; the words of a command line that come later win.
 FASTER = {
     "train_smart.py": ["--recipe", "sample", "--minutes", "2", "--per-kind", "4"],
@@ -79,7 +81,8 @@ def help_page(program: str, subcommand: str | None) -> str:
         sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
     else:
-        module = importlib.import_module(program)
+        package = (ROOT / program.replace(".", "/")).is_dir()
+        module = importlib.import_module(f"{program}.__main__" if package else program)
     words = [program, *([subcommand] if subcommand else []), "--help"]
     before, sys.argv = sys.argv, words
     out = io.StringIO()
@@ -123,10 +126,10 @@ def test_every_command_is_known(words: tuple[str, ...]) -> None:
     elif program in ("pip", "printf", "pytest"):
         assert program != "pip" or arguments[:2] == ["install", "-e"]
     else:
-        file = program if program.endswith(".py") else program.replace(".", "/") + ".py"
-        assert (ROOT / file).is_file(), f"there is no {program}"
+        place = ROOT / (program if program.endswith(".py") else program.replace(".", "/"))
+        assert any(file.is_file() for file in (place, place.with_suffix(".py"), place / "__main__.py")), f"there is no {program}"
         text = help_page(program, None)
-        if program == "tools.evaluate":
+        if program in ("tools.evaluate", "tools.convert") and not arguments[0].startswith("--"):
             assert arguments[0] in text
             text = help_page(program, arguments[0])
         for word in arguments:
@@ -220,6 +223,8 @@ def scaled(line: str) -> str | None:
         if line in ("python -m pytest", "python -m tools.check"):
             return None
     program = programs(line)[-1][0]
+    if any(importlib.util.find_spec(package) is None for package in NEEDS.get(program, ())):
+        return None
     if "--help" in line:
         return line
     return " ".join([line, *FASTER.get(program, [])])

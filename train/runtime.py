@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from model.device import find_device
 from train.config import OptimizationConfig, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,16 +58,11 @@ def _report(error: Exception, status: int) -> int:
 
 
 def device_name(wanted: str = "auto") -> str:
-    """cuda, then mps, then cpu; or the wanted device, checked. Raises UsageError when it is not there."""
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+    """`find_device` for the setting train.device. Raises UsageError when it is not there."""
     try:
-        torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"train.device={wanted!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return wanted
+        return str(find_device(wanted))
+    except ValueError as error:
+        raise UsageError(f"train.device={wanted!r}: {error}") from error
 
 
 def describe_machine(device: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,8 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+def write(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
@@ -254,3 +255,10 @@ def test_an_interrupted_save_keeps_the_old_weights(tiny_model: SmartHaoAI, tmp_p
     assert (tmp_path / "model.safetensors").read_bytes() == before
     SmartHaoAI.from_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps rights in another way")
+def test_weights_can_be_read_by_whom_the_folder_is_for(tiny_model: SmartHaoAI, tmp_path: Path) -> None:
+    """Guards: weights that only their owner can read beside a config.json that all can: a server under another name fails."""
+    tiny_model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode

@@ -125,6 +125,13 @@ SHORT: dict[str, dict[str, Any]] = {
     "llama-new-linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0}},
     "qwen3-new-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "head_dim": 8},
     "mixtral-new-scaling-without-theta": {"num_local_experts": 4, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    "llama-both-contradict": {
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "rope_theta": 50.0,
+    },
+    "llama-theta-in-old-scaling": {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 70.0}, "rope_theta": 50.0},
+    "qwen2-yarn-without-original": {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1e5},
     "llama-old-dtype": {"torch_dtype": "bfloat16", "rope_theta": 123.0},
     "llama-window-ignored": {"sliding_window": 3, "use_sliding_window": True},
 }
@@ -159,6 +166,16 @@ def test_expert_weights_of_several_spellings_are_one_number() -> None:
         for name in ("num_experts", "num_local_experts"):
             config = config_from_disk({**BARE, "model_type": kind, name: 6, "num_experts_per_tok": 1}, FILE)
             assert config.n_expert == 6
+
+
+@pytest.mark.parametrize("pattern", ["S", "LSSS", "LLLS"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_windows_without_layer_types(pattern: str, bias: bool) -> None:
+    """Guards: versions of transformers that know max_window_layers alone and would see windows on other layers."""
+    config = HaoAIConfig(n_layer=4, use_sliding_window=True, window_size=5, window_pattern=pattern, qk_norm=not bias, attention_bias=bias)
+    data = config_to_disk(config)
+    del data["layer_types"]
+    assert [config_from_disk(data, FILE).layer_window(i) for i in range(4)] == [config.layer_window(i) for i in range(4)]
 
 
 @st.composite

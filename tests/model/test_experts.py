@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from model import HaoAIConfig, SmartHaoAI
 from model.cache import KVCache
-from model.feedforward import MixtureOfExperts, Routing, balance_loss, grouped_linear, z_loss
+from model.feedforward import MixtureOfExperts, Routing, balance_loss, grouped_linear, kernel_fits, z_loss
 from model.transformer import pad_left
 
 SPARSE: dict[str, Any] = {"n_expert": 5, "n_expert_per_token": 2, "moe_intermediate_size": 24}
@@ -285,7 +285,7 @@ def test_half_precision_trains(name: str, make_model, seed: int) -> None:
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, parameter_name
         assert torch.isfinite(parameter.grad).all(), parameter_name
     full = model(ids, labels=ids)
-    assert abs(float(out.loss) - float(full.loss)) < 0.1 * float(full.loss)
+    assert abs(out.loss.item() - full.loss.item()) < 0.1 * full.loss.item()
     model.to(torch.bfloat16).eval()
     assert torch.isfinite(model(ids).logits).all()
 
@@ -295,6 +295,7 @@ def test_grouped_product_equals_the_loop(counts: list[int], seed: int) -> None:
     """Guards: offsets or the transposition of the one-kernel product, which is otherwise only reached on a GPU."""
     if not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
+    assert kernel_fits(torch.empty(4, 24, 16))
     rows = torch.randn(11, 16).bfloat16().requires_grad_()
     weights = torch.randn(4, 24, 16).bfloat16().requires_grad_()
     sizes, weight = torch.tensor(counts), torch.randn(11, 24).bfloat16()
@@ -308,6 +309,19 @@ def test_grouped_product_equals_the_loop(counts: list[int], seed: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(24, 20), (20, 24), (12, 12)])
+def test_sizes_that_the_kernel_refuses_are_known(outputs: int, inputs: int) -> None:
+    """Guards: a width of experts that trains on a CPU and raises on a GPU ("strides should be multiple of 16 bytes")."""
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    assert not kernel_fits(torch.empty(2, outputs, inputs))
+    rows = torch.randn(5, inputs).bfloat16().requires_grad_()
+    weights = torch.randn(2, outputs, inputs).bfloat16().requires_grad_()
+    with pytest.raises(RuntimeError, match="16 bytes"):
+        products = F.grouped_mm(rows, weights.transpose(1, 2), offs=torch.tensor([2, 5], dtype=torch.int32))
+        products.backward(torch.ones(5, outputs).bfloat16())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

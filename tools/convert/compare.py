@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,28 @@ PROBE_TEXTS: tuple[str, ...] = (
 
 
 @dataclass
+class Difference:
+    """How far log-probabilities of the same tokens lie apart, collected over positions."""
+
+    largest: float = 0.0
+    divergence: float = 0.0
+    positions: int = 0
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Log-probabilities (T, V), or (V,) of one position. V may be the most likely tokens only."""
+        found = float((ours - theirs).abs().max())
+        # max() drops a NaN; a file that gives one must not pass.
+        self.largest = found if math.isnan(found) or math.isnan(self.largest) else max(self.largest, found)
+        self.divergence += float((ours.exp() * (ours - theirs)).sum())
+        self.positions += ours.numel() // ours.shape[-1]
+
+    @property
+    def mean_kl(self) -> float:
+        # Rounding makes the sum of nothing slightly negative.
+        return max(self.divergence / max(self.positions, 1), 0.0)
+
+
+@dataclass
 class Comparison:
     """What running an exported file showed, against the checkpoint that it was made from."""
 
@@ -48,11 +71,15 @@ class Comparison:
     same_template: bool | None = None
     """Whether its chat template gave our renderer's text or ids; None: it has none."""
     note: str = ""
+    mean_kl: float | None = None
+    """Mean over the positions of KL(ours || theirs) in nats: what the differences are worth; `largest` is often that of a token
+    which is never chosen."""
 
     def line(self) -> str:
         """The result for people."""
         words = {True: "equal", False: "DIFFERENT", None: "not compared"}
         text = f"{self.runtime}: largest log-probability difference {self.largest:.2e} nats over {self.tokens:,} tokens"
+        text += "" if self.mean_kl is None else f" (mean KL divergence {self.mean_kl:.1e})"
         text += f"; token ids {words[self.same_ids]}; greedy continuation {words[self.same_greedy]}"
         if self.same_template is not None:
             text += f"; chat template {words[self.same_template]}"
@@ -94,4 +121,4 @@ def same_greedy(model: SmartHaoAI, ids: list[int], theirs: list[int], stops: Col
     return True
 
 
-__all__ = ["PROBE_TEXTS", "GREEDY_TOKENS", "Comparison", "greedy", "log_probs", "probe_rows", "same_greedy"]
+__all__ = ["PROBE_TEXTS", "GREEDY_TOKENS", "Comparison", "Difference", "greedy", "log_probs", "probe_rows", "same_greedy"]

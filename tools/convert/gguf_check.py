@@ -13,7 +13,7 @@ import torch
 from model.chat_template import STORED_TEMPLATE
 from model.checkpoint import find_model, load_pretrained
 from model.tokenizer import BPETokenizer
-from tools.convert.compare import GREEDY_TOKENS, PROBE_TEXTS, Comparison, log_probs, probe_rows, same_greedy
+from tools.convert.compare import GREEDY_TOKENS, PROBE_TEXTS, Comparison, Difference, log_probs, probe_rows, same_greedy
 from tools.convert.gguf_names import exported_context
 from tools.convert.gguf_tokenizer import steps
 from tools.convert.llama_server import LlamaServer, installed
@@ -84,12 +84,13 @@ def check_gguf(folder: str | Path, out_file: str | Path) -> Comparison | None:
     with LlamaServer(out_file, context) as server:
         different = [text for text in PROBE_TEXTS if not _same_ids(server, tokenizer, text)]
         rows = [row for row in probe_rows(tokenizer, context - 1) if row]
-        largest, tokens = _compare_log_probs(server, model, rows)
+        difference = _compare_log_probs(server, model, rows)
         prompts = [row[: context // 2] for row in rows[:3]]
         equal = all(same_greedy(model, row, server.greedy(row, GREEDY_TOKENS), tokenizer.stop_ids) for row in prompts)
         same_template = _same_template(server, tokenizer) if tokenizer.chat_template else None
     note = f"token ids differ on {', '.join(repr(text[:20]) for text in different[:3])}" if different else ""
-    return Comparison(runtime, largest, tokens, not different, equal, same_template, note)
+    found, positions = difference.largest, difference.positions
+    return Comparison(runtime, found, positions, not different, equal, same_template, note, difference.mean_kl)
 
 
 def _same_ids(server: LlamaServer, tokenizer: BPETokenizer, text: str) -> bool:
@@ -113,20 +114,16 @@ def _encode_with_tags(tokenizer: BPETokenizer, text: str, tags: list[str]) -> li
     return ids
 
 
-def _compare_log_probs(server: LlamaServer, model: SmartHaoAI, rows: list[list[int]]) -> tuple[float, int]:
-    """Largest difference in nats, and the number of positions compared."""
+def _compare_log_probs(server: LlamaServer, model: SmartHaoAI, rows: list[list[int]]) -> Difference:
     size = model.config.vocab_size
     count = size if size <= WHOLE_VOCABULARY else 1024
-    largest, positions = 0.0, 0
+    difference = Difference()
     for row in rows:
         ours = log_probs(model, row)
         for index in sorted({round(step * (len(row) - 1) / (POSITIONS - 1)) for step in range(POSITIONS)}):
             theirs = server.next_log_probs(row[: index + 1], count)
-            ids = torch.tensor(list(theirs))
-            difference = (ours[index][ids] - torch.tensor(list(theirs.values()))).abs().max()
-            largest = max(largest, float(difference)) if not difference.isnan() else float("nan")
-            positions += 1
-    return largest, positions
+            difference.add(ours[index][list(theirs)], torch.tensor(list(theirs.values())))
+    return difference
 
 
 def _same_template(server: LlamaServer, tokenizer: BPETokenizer) -> bool:

@@ -21,7 +21,7 @@ from model.checkpoint import (
 )
 from model.files import atomic_directory
 from model.tokenizer import BPETokenizer
-from tools.convert.compare import GREEDY_TOKENS, PROBE_TEXTS, Comparison, log_probs, probe_rows, same_greedy
+from tools.convert.compare import GREEDY_TOKENS, PROBE_TEXTS, Comparison, Difference, log_probs, probe_rows, same_greedy
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 BESIDE = (GENERATION_FILE, "README.md", "LICENSE")  # taken over as they are
@@ -83,11 +83,9 @@ def check_hf(folder: str | Path, out_dir: str | Path) -> Comparison | None:
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(out_dir)
     context = min(ours.config.max_position_embeddings, CONTEXT)
     rows = probe_rows(tokenizer, context)
-    largest = 0.0
+    difference = Difference()
     for row in rows:
-        difference = float((_their_log_probs(theirs, row) - log_probs(ours, row)).abs().max())
-        # max() drops a NaN; a file that gives one must not pass.
-        largest = difference if difference != difference else max(largest, difference)
+        difference.add(log_probs(ours, row), _their_log_probs(theirs, row))
     texts = [
         their_tokenizer(text, add_special_tokens=False).input_ids == tokenizer.encode(text, parse_special=True) for text in PROBE_TEXTS
     ]
@@ -95,7 +93,15 @@ def check_hf(folder: str | Path, out_dir: str | Path) -> Comparison | None:
     starts = [row[: context // 2] for row in rows[:3]]
     equal = all(same_greedy(ours, row, _their_greedy(theirs, row)) for row in starts)
     version = f"transformers {transformers.__version__}"
-    return Comparison(version, largest, sum(map(len, rows)), all(texts), equal, all(chats) if chats else None)
+    return Comparison(
+        version,
+        difference.largest,
+        difference.positions,
+        all(texts),
+        equal,
+        all(chats) if chats else None,
+        mean_kl=difference.mean_kl,
+    )
 
 
 @torch.inference_mode()

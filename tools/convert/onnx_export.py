@@ -27,7 +27,7 @@ from model.checkpoint import CONFIG_FILE, GENERATION_FILE, find_model, load_pret
 from model.files import sync
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI, pad_left
-from tools.convert.compare import GREEDY_TOKENS, Comparison, log_probs, probe_rows, same_greedy
+from tools.convert.compare import GREEDY_TOKENS, Comparison, Difference, log_probs, probe_rows, same_greedy
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -195,12 +195,10 @@ def check_onnx(folder: str | Path, out_file: str | Path) -> Comparison | None:
     model, tokenizer = load_pretrained(source), BPETokenizer.from_pretrained(source)
     rows = probe_rows(tokenizer, model.config.max_position_embeddings)
     expected = [log_probs(model, row) for row in rows]
-    largest = {"whole": 0.0, "cached": 0.0, "padded": 0.0}
+    found = {"whole": Difference(), "cached": Difference(), "padded": Difference()}
 
     def compare(name: str, logits: Tensor, wanted: Tensor) -> None:
-        difference = (logits.log_softmax(-1) - wanted).abs().max().item()
-        # max() drops a NaN; a graph that gives one must not pass.
-        largest[name] = difference if difference != difference else max(largest[name], difference)
+        found[name].add(wanted, logits.log_softmax(-1))
 
     for row, wanted in zip(rows, expected, strict=True):
         ids = torch.tensor([row])
@@ -213,11 +211,12 @@ def check_onnx(folder: str | Path, out_file: str | Path) -> Comparison | None:
     prompts = [row[: max(1, model.config.max_position_embeddings - GREEDY_TOKENS)] for row in rows[:GREEDY_ROWS]]
     return Comparison(
         runtime=f"onnxruntime {runner.version}",
-        largest=max(largest.values(), key=lambda value: (value != value, value)),
+        largest=max((d.largest for d in found.values()), key=lambda value: (value != value, value)),
         tokens=sum(map(len, rows)),
         same_ids=None,
         same_greedy=all(same_greedy(model, row, runner.greedy(row, GREEDY_TOKENS)) for row in prompts),
-        note=", ".join(f"{name} {value:.1e}" for name, value in largest.items()),
+        note=", ".join(f"{name} {difference.largest:.1e}" for name, difference in found.items()),
+        mean_kl=found["whole"].mean_kl,
     )
 
 
