@@ -269,9 +269,7 @@ def find_model(path: str | Path) -> Path:
         raise FileNotFoundError(f"{folder} is not a model directory: it has no {CONFIG_FILE}")
     if folder.parts[0] == RESULTS_FOLDER:
         stage = folder.name if folder.name in ("pretrain", "sft") else "pretrain"
-        raise FileNotFoundError(
-            f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another model"
-        )
+        raise FileNotFoundError(f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another model")
     if folder.parent.is_dir():
         raise FileNotFoundError(f"there is no model at {folder} (its folder {folder.parent} exists, this name does not)")
     try:

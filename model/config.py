@@ -79,6 +79,8 @@ class HaoAIConfig:
     """The weights of a token's experts add up to 1."""
     router_aux_loss_coef: float = 0.01
     """Weight of the balance loss (Fedus et al., 2021), which asks for equal use of the experts."""
+    router_balance_scope: str = "layer"
+    """layer: the balance loss asks it of every layer; model: of the mean over all layers, as transformers computes it."""
     router_z_loss_coef: float = 0.0
     """Weight of the z-loss (Zoph et al., 2022), which keeps router logits small. Training only: costs no portability."""
     router_bias_rate: float = 0.0
@@ -155,6 +157,8 @@ class HaoAIConfig:
             raise ValueError(f"moe_pattern={self.moe_pattern!r} gives none of {self.n_layer} layers experts; set n_expert=0, or change it")
         if not isinstance(self.n_shared_expert, int) or self.n_shared_expert < 0:
             raise ValueError(f"n_shared_expert must be 0 or more, not {self.n_shared_expert!r}")
+        if self.router_balance_scope not in ("layer", "model"):
+            raise ValueError(f"router_balance_scope must be layer or model, not {self.router_balance_scope!r}")
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_rate"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")

@@ -50,6 +50,7 @@ EXPERT_FIELD_NAMES = {
     "moe_intermediate_size": "moe_intermediate_size",
     "norm_topk_prob": "norm_topk_prob",
     "router_aux_loss_coef": "router_aux_loss_coef",
+    "router_balance_scope": "router_balance_scope",
     "router_z_loss_coef": "router_z_loss_coef",
 }
 OWN_FIELDS = ("qk_norm", "use_sliding_window", "window_size", "window_pattern")  # `haoai` only, under our own names

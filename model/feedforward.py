@@ -112,15 +112,18 @@ class MixtureOfExperts(nn.Module):
             self.choice_bias += self.bias_rate * torch.sign(load.mean() - load)
 
 
-def balance_loss(layers: list[Routing]) -> Tensor:
-    """E * sum_e f_e P_e: f_e the share of tokens that chose expert e, P_e its mean probability, both over the tokens of all layers.
+def balance_loss(layers: list[Routing], scope: str = "layer") -> Tensor:
+    """E * sum_e f_e P_e: f_e the share of tokens that chose expert e, P_e its mean probability (Fedus et al., 2021).
 
-    As transformers computes it (f adds up to k, so perfect balance gives k). Source: Fedus et al., 2021.
+    f adds up to k, so perfect balance gives k. scope "layer": for each layer, averaged. "model": f and P over the tokens of all layers
+    before the product, as transformers computes it; there one layer's favourite may make up for another's.
     """
-    tokens = torch.stack([layer.tokens for layer in layers]).sum().clamp(min=1)
-    chosen = torch.stack([layer.chosen for layer in layers]).sum(dim=0) / tokens
-    probability = torch.stack([layer.probability for layer in layers]).sum(dim=0) / tokens
-    return len(chosen) * (chosen * probability).sum()
+    tokens = torch.stack([layer.tokens for layer in layers]).clamp(min=1)[:, None]
+    chosen = torch.stack([layer.chosen for layer in layers]) / tokens  # (layers, E)
+    probability = torch.stack([layer.probability for layer in layers]) / tokens
+    if scope == "model":
+        chosen, probability = chosen.mean(dim=0, keepdim=True), probability.mean(dim=0, keepdim=True)
+    return chosen.shape[1] * (chosen * probability).sum(dim=1).mean()
 
 
 def z_loss(layers: list[Routing]) -> Tensor:

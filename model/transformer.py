@@ -42,7 +42,7 @@ class ModelOutput:
     aux_loss: Tensor | None = None
     """What training adds to the loss: the auxiliary terms, each with its coefficient; None for a plain model or in evaluation."""
     aux_terms: dict[str, Tensor] = field(default_factory=dict)
-    """The same terms by name, without coefficients: `balance` (as transformers' aux_loss) and `router_z` of a mixture of experts."""
+    """The same terms by name, without coefficients: `balance` and `router_z` of a mixture of experts."""
     hidden_states: Tensor | None = None
     """(B, T, C) after the final norm."""
 
@@ -247,7 +247,7 @@ class SmartHaoAI(nn.Module):
         routings: list[Routing] = [layer.routing for layer in self.expert_layers if layer.routing is not None]
         if not routings:
             return
-        out.aux_terms = {"balance": balance_loss(routings), "router_z": z_loss(routings)}
+        out.aux_terms = {"balance": balance_loss(routings, self.config.router_balance_scope), "router_z": z_loss(routings)}
         coefficients = {"balance": self.config.router_aux_loss_coef, "router_z": self.config.router_z_loss_coef}
         out.aux_loss = torch.stack([coefficients[name] * term for name, term in out.aux_terms.items()]).sum()
         for layer in self.expert_layers:

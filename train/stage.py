@@ -25,6 +25,7 @@ from train.runtime import describe_machine, device_name, format_minutes, seed_ev
 from train.store import TokenStore, open_store
 from train.train_tokenizer import train_tokenizer
 
+RUN_FILE = "run.yaml"  # beside every model that was trained here
 DEFAULT_TOKENIZER = "weight/tokenizer"
 INTERRUPTED = 130
 Sampler = Callable[[SmartHaoAI, BPETokenizer], list[tuple[str, str]]]
@@ -43,7 +44,7 @@ def open_out_dir(settings: StageConfig) -> None:
         raise UsageError(f"out_dir={out} already holds a run; go on with --resume, replace it with --overwrite, or name another out_dir")
     if settings.model_dir is not None and Path(settings.model_dir).resolve() == out.resolve():
         raise UsageError(f"out_dir={out} is also model_dir: --overwrite would delete the checkpoint to start from")
-    if not any((out / name).exists() for name in ("run.yaml", FOLDER, "config.json")):
+    if not any((out / name).exists() for name in (RUN_FILE, FOLDER, "config.json")):
         raise UsageError(f"out_dir={out} holds files that no run wrote; it is not overwritten, name another out_dir")
 
 
@@ -123,6 +124,11 @@ def print_plan(
     )
     need, there = account.training_bytes(train.batch_size, data.max_length), total_memory() if device == "cpu" else None
     log(f"  memory     about {need / 2**20:,.0f} MiB for the step" + (f" of {there / 2**20:,.0f} MiB" if there else ""))
+    if settings.model_dir is not None and train.optimizer == "muon" and not (find_model(settings.model_dir) / RUN_FILE).is_file():
+        log(
+            f"  note       {settings.model_dir} was not trained here: muon at a rate of {train.lr:g} suits fresh models and can spoil a "
+            "finished one; gentle: train.optimizer=adamw train.lr=5e-5"
+        )
     if account.head_parameters > account.body_parameters:
         log(
             f"  note       the embedding of {config.vocab_size:,} tokens is larger than all layers together: a smaller vocabulary "

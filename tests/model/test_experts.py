@@ -146,10 +146,12 @@ def captured_logits(model: SmartHaoAI, ids: Tensor, **inputs: Any) -> tuple[list
     return logits, out
 
 
+@pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("masked", ["nothing", "attention_mask", "segment_ids"])
-def test_auxiliary_losses_are_the_published_ones(masked: str, make_model, seed: int) -> None:
-    """Guards: statistics over padding, over one layer only, or with another scale than transformers' (written out here)."""
-    model = make_model(**SPARSE, n_layer=3, moe_pattern="EDE", router_aux_loss_coef=0.3, router_z_loss_coef=0.05).train()
+def test_auxiliary_losses_are_the_published_ones(masked: str, scope: str, make_model, seed: int) -> None:
+    """Guards: statistics over padding, over other layers than the scope says, or of another scale (formulas written out here)."""
+    coefficients = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.05}
+    model = make_model(**SPARSE, n_layer=3, moe_pattern="EDE", router_balance_scope=scope, **coefficients).train()
     ids = torch.randint(61, (3, 11))
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[0, 7:] = 0
@@ -160,19 +162,21 @@ def test_auxiliary_losses_are_the_published_ones(masked: str, make_model, seed: 
     assert len(logits) == 2
     rows = torch.cat([part[real] for part in logits])  # (layers * tokens, E)
     probabilities = rows.softmax(-1)
-    share = torch.zeros(len(rows), 5).scatter_(1, probabilities.topk(2).indices, 1.0).mean(0)
-    torch.testing.assert_close(out.aux_terms["balance"], 5 * (share * probabilities.mean(0)).sum(), rtol=1e-5, atol=1e-6)
+    chosen = torch.zeros(len(rows), 5).scatter_(1, probabilities.topk(2).indices, 1.0)
+    groups = [slice(None)] if scope == "model" else [slice(0, len(rows) // 2), slice(len(rows) // 2, None)]
+    balance = torch.stack([5 * (chosen[g].mean(0) * probabilities[g].mean(0)).sum() for g in groups]).mean()
+    torch.testing.assert_close(out.aux_terms["balance"], balance, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.aux_terms["router_z"], rows.exp().sum(-1).log().square().mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.aux_loss, 0.3 * out.aux_terms["balance"] + 0.05 * out.aux_terms["router_z"])
     load = model.take_expert_load()
     assert load is not None and load.shape == (2, 5) and load.sum(1).tolist() == [2.0 * int(real.sum())] * 2
-    assert load.sum(0).tolist() == (share * len(rows)).round().tolist()
+    assert load.sum(0).tolist() == chosen.sum(0).tolist()
 
 
 def test_the_balance_loss_equals_that_of_transformers(make_model, seed: int) -> None:
     """Guards: a coefficient that means something else here than in the same file there."""
     theirs = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe").load_balancing_loss_func
-    model = make_model(**SPARSE).train()
+    model = make_model(**SPARSE, router_balance_scope="model").train()
     ids = torch.randint(61, (3, 11))
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[1, 4:] = 0
@@ -196,7 +200,17 @@ def test_auxiliary_losses_train_the_router_alone(make_model, seed: int) -> None:
 def test_perfect_balance_gives_k() -> None:
     """Guards: the scale that the docstring promises."""
     even = Routing(torch.full((4,), 5.0), torch.full((4,), 2.5), torch.tensor(10.0), torch.tensor(10.0))
-    assert float(balance_loss([even, even])) == pytest.approx(2.0) and float(z_loss([even, even])) == pytest.approx(1.0)
+    for scope in ("layer", "model"):
+        assert float(balance_loss([even, even], scope)) == pytest.approx(2.0)
+    assert float(z_loss([even, even])) == pytest.approx(1.0)
+
+
+def test_one_layers_favourite_is_not_made_up_for_by_another() -> None:
+    """Guards: layers that each use half of their experts counted as balanced because together they use all (scope "layer")."""
+    first = Routing(torch.tensor([10.0, 10.0, 0.0, 0.0]), torch.tensor([5.0, 5.0, 0.0, 0.0]), torch.tensor(0.0), torch.tensor(10.0))
+    second = Routing(torch.tensor([0.0, 0.0, 10.0, 10.0]), torch.tensor([0.0, 0.0, 5.0, 5.0]), torch.tensor(0.0), torch.tensor(10.0))
+    assert float(balance_loss([first, second], "model")) == pytest.approx(2.0)
+    assert float(balance_loss([first, second], "layer")) == pytest.approx(4.0)
 
 
 def test_evaluation_adds_no_auxiliary_loss(make_model, seed: int) -> None:

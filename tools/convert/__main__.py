@@ -46,12 +46,12 @@ class Format:
 
 FORMATS = {
     "hf": Format("a folder for transformers", ("f32", "bf16", "f16"), "f32", True, "transformers", PARITY_EXTRA),
-    "gguf": Format("a file for llama.cpp, LM Studio and others", _GGUF_DTYPES, "f16", False, "llama.cpp", EXPORT_EXTRA),
+    "gguf": Format("a file for llama.cpp, LM Studio and others", _GGUF_DTYPES, "f16", False, "llama.cpp", PARITY_EXTRA),
     "onnx": Format(
         "a folder (or, where OUT ends in .onnx, a file) for onnxruntime", ("f32", "f16"), "f32", True, "onnxruntime", EXPORT_EXTRA
     ),
-    "ollama": Format("a folder with model.gguf and Modelfile", _GGUF_DTYPES, "f16", True, "llama.cpp", EXPORT_EXTRA),
-    "import-gguf": Format("a checkpoint folder from a GGUF file", ("f32", "bf16", "f16"), "f32", True, "llama.cpp", EXPORT_EXTRA),
+    "ollama": Format("a folder with model.gguf and Modelfile", _GGUF_DTYPES, "f16", True, "llama.cpp", PARITY_EXTRA),
+    "import-gguf": Format("a checkpoint folder from a GGUF file", ("f32", "bf16", "f16"), "f32", True, "llama.cpp", PARITY_EXTRA),
 }
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own server in a child process, to run a GGUF file and compare. Needs xllamacpp (extra `export`).
+"""llama.cpp's own server in a child process, to run a GGUF file and compare. Needs xllamacpp (extra `parity`).
 
 The native library prints, and an unusable file can take its process down: neither happens to the program that uses this module.
 `python llama_server.py FILE CONTEXT` is the child: it serves on a free local port until its standard input closes.
