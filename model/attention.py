@@ -6,6 +6,7 @@ Shapes: B batch, T time (queries), S keys, C channels (n_embd), H query heads, K
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -127,8 +128,30 @@ def attention_mask(
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
+@dataclass
+class TokenContext:
+    """What the layers know of the tokens of one forward pass."""
+
+    input_ids: Tensor
+    """(B, T)"""
+    positions: Tensor
+    """(B or 1, T) places in their documents, counted from 0."""
+    cos: Tensor
+    sin: Tensor
+    real: Tensor | None = None
+    """(B, T) false on padding; None: all are real."""
+    first_values: Tensor | None = None
+    """(B, K, T, D) the first layer's values, for the layers that mix them in."""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """Outputs (B, T, C) of the layers that deep supervision looks at."""
+
+
 class SmartAttention(nn.Module):
-    """Causal grouped-query self-attention. q, k and v come from one fused product; on disk they are three matrices."""
+    """Causal grouped-query self-attention. q, k and v come from one fused product; on disk they are three matrices.
+
+    The optional parts act outside of softmax(q k^T) v, so that every kernel serves them: a temperature is a factor on the queries,
+    a gate one on the output. Each starts without an effect (`reset_parts`).
+    """
 
     def __init__(self, config: HaoAIConfig, layer: int) -> None:
         super().__init__()
@@ -140,8 +163,28 @@ class SmartAttention(nn.Module):
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        gates = {"none": 0, "head": self.n_head, "element": self.n_head * self.head_dim}[config.attention_gate]
+        self.gate_proj = nn.Linear(config.n_embd, gates, bias=False) if gates else None
+        self.temperature_kind = config.attention_temperature
+        sizes = {"query": (self.n_head, self.head_dim), "length": (self.n_head,)}
+        self.temperature = nn.Parameter(torch.empty(sizes[self.temperature_kind])) if self.temperature_kind in sizes else None
+        mixes = config.value_residual and layer > 0
+        self.value_mix = nn.Parameter(torch.empty(self.n_kv_head)) if mixes else None
+        tabled = config.layer_has_value_embedding(layer)
+        self.value_table = nn.Embedding(config.vocab_size, self.n_kv_head * self.head_dim) if tabled else None
+        self.gives_values = config.value_residual and layer == 0
+        self.reset_parts()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+    def reset_parts(self) -> None:
+        """Give the optional parts the values at which they change nothing."""
+        for part in (self.temperature, self.value_mix):
+            if part is not None:
+                nn.init.zeros_(part)
+        for module in (self.gate_proj, self.value_table):
+            if module is not None:
+                nn.init.zeros_(module.weight)
+
+    def forward(self, x: Tensor, context: TokenContext, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         """x (B, T, C); mask (B or 1, 1, T, S) additive, or None: T = S tokens with plain causality, or one token that sees all."""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
@@ -150,12 +193,38 @@ class SmartAttention(nn.Module):
         dtype = v.dtype
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype)
+        if self.temperature is not None:
+            q = q * self._temperature(q, context.positions).to(q.dtype)
+        v = self._values(v, context)
+        q, k = rotate(q, context.cos, context.sin).to(dtype), rotate(k, context.cos, context.sin).to(dtype)
         if cache is not None:
             k, v = cache.append(k, v)
             k, v = k.to(dtype), v.to(dtype)
         y = self._attend(q, k, v, mask)  # (B, H, T, D)
+        if self.gate_proj is not None:
+            gate = 2 * torch.sigmoid(self.gate_proj(x).float())
+            y = y * gate.view(B, T, H, -1).transpose(1, 2).to(y.dtype)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+
+    def _temperature(self, q: Tensor, positions: Tensor) -> Tensor:
+        """Factor on the queries (B or 1, H, T, 1): an inverse temperature of the softmax."""
+        assert self.temperature is not None
+        if self.temperature_kind == "query":
+            return 2 * torch.sigmoid((q.float() * self.temperature[:, None]).sum(dim=-1, keepdim=True))
+        keys = positions + 1 if self.window is None else (positions + 1).clamp(max=self.window)
+        return 1 + self.temperature[:, None, None] * keys.float().log()[:, None, :, None]
+
+    def _values(self, v: Tensor, context: TokenContext) -> Tensor:
+        """Values (B, K, T, D) with the token's own vector and a share of the first layer's values."""
+        if self.value_table is not None:
+            B, K, T, D = v.shape
+            v = v + self.value_table(context.input_ids).view(B, T, K, D).transpose(1, 2).to(v.dtype)
+        if self.gives_values:
+            context.first_values = v
+        if self.value_mix is not None:
+            assert context.first_values is not None
+            v = v + self.value_mix[:, None, None].to(v.dtype) * (context.first_values - v)
+        return v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -9,6 +9,7 @@ how they are read and written.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zlib
@@ -33,6 +34,7 @@ WEIGHTS_FILE, INDEX_FILE, GENERATION_FILE = "model.safetensors", "model.safetens
 CHECKSUMS = "crc32"  # entry in a safetensors file's metadata: {tensor name: checksum of its bytes}
 RESULTS_FOLDER = "weight"  # local by convention: a name in it is never looked up online
 MAX_SHARD_BYTES = 4 * 2**30
+EXPERTS_END = "mlp.shared_expert.down_proj.weight"
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, computed here
 
 
@@ -56,10 +58,12 @@ def save_pretrained(
     tokenizer: BPETokenizer | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    resumable: bool = False,
 ) -> None:
     """Write (or replace) the model files of `path`; other files that stand there are kept.
 
-    Weights of more than `max_shard_bytes` are written in shards with an index.
+    Weights of more than `max_shard_bytes` are written in shards with an index. What only training needs is left out and learned
+    residual scales are folded into the matrices behind them, unless the model is to be trained on (`resumable`).
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -76,9 +80,24 @@ def save_pretrained(
         if tokenizer.bos_token_id is not None:
             generation["bos_token_id"] = tokenizer.bos_token_id
         atomic_write_text(path / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
-    save_sharded(weights_to_disk(model.state_dict(), model.config), path, dtype, max_shard_bytes)
-    config = config_to_disk(model.config, tokenizer, dtype)
+    shape, state = (model.config, dict(model.state_dict())) if resumable else finished(model)
+    save_sharded(weights_to_disk(state, shape), path, dtype, max_shard_bytes)
+    config = config_to_disk(shape, tokenizer, dtype)
     atomic_write_text(path / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def finished(model: SmartHaoAI) -> tuple[HaoAIConfig, dict[str, Tensor]]:
+    """Shape and state of the same model without its training-only heads, and with its residual scales folded."""
+    config = dataclasses.replace(model.config, residual_scale=False, deep_supervision="none")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("auxiliary.")}
+    for scale_name in [name for name in state if name.endswith(("attention_scale", "mlp_scale"))]:
+        scale = state.pop(scale_name)
+        block, _, branch = scale_name.rpartition(".")
+        ends = {"attention_scale": ("self_attn.o_proj.weight",), "mlp_scale": ("mlp.down_proj.weight", "mlp.down_proj", EXPERTS_END)}
+        for end in ends[branch]:
+            if f"{block}.{end}" in state:
+                state[f"{block}.{end}"] = state[f"{block}.{end}"] * scale[:, None]  # rows of an (out, in) matrix, or of each expert's
+    return config, state
 
 
 def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -13,6 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 ROPE_SCALING_TYPES = ("linear", "yarn", "llama3")
+CHOICES = {
+    "attention_gate": ("none", "head", "element"),
+    "attention_temperature": ("none", "query", "length"),
+    "feed_forward": ("swiglu", "relu2"),
+    "deep_supervision": ("none", "layers", "tokens"),
+}
+# What can be switched on in a trained model: it starts without an effect. The rest of the shape is fixed by the weights.
+NEUTRAL_PARTS = ("attention_gate", "attention_temperature", "residual_scale", "value_residual", "value_embedding", "deep_supervision")
 HEAD_DIM = 64
 FEED_FORWARD_MULTIPLE = 64
 EXPERT_MULTIPLE = 32
@@ -86,6 +94,26 @@ class HaoAIConfig:
     router_bias_rate: float = 0.0
     """Balance without a loss (Wang et al., 2024): a bias on the choice of experts, moved by this much a step against their load.
     0.001 is usual. The bias stays in the model, which transformers' qwen3_moe and mixtral and llama.cpp cannot express."""
+    attention_gate: str = "none"
+    """head | element: the attention output is multiplied by 2 * sigmoid of a projection of the block's input (Qiu et al., 2025)."""
+    attention_temperature: str = "none"
+    """query: a factor in (0, 2) on each query, predicted from it; length: one that grows with the logarithm of the number of keys
+    (Nakanishi, 2025). Both start at 1."""
+    residual_scale: bool = False
+    """A learned factor per channel on what each branch adds; folded into o_proj and down_proj when a finished model is saved."""
+    value_residual: bool = False
+    """Each layer mixes the first layer's values into its own (Zhou et al., 2024), by a learned share per head that starts at 0."""
+    value_embedding: bool = False
+    """Every second layer adds a learned vector of the token itself to its values; the tables cost memory and no products."""
+    feed_forward: str = "swiglu"
+    """swiglu, or relu2: down(relu(up(x))^2) (So et al., 2021)."""
+    logit_softcap: float = 0.0
+    """Logits are squeezed into (-cap, cap) by cap * tanh(logit / cap); 0: not."""
+    deep_supervision: str = "none"
+    """Training only, dropped when a finished model is saved. layers: inner layers predict the next token, too, through the shared head;
+    tokens: a small module predicts the token after the next (Gloeckle et al., 2024; DeepSeek-V3)."""
+    deep_supervision_coef: float = 0.3
+    """Weight of the deep_supervision loss at the beginning; it falls to 0 in the last tenth of a run."""
     n_shared_expert: int = 0
     """Experts of moe_intermediate_size that compute every token besides the chosen ones. Not expressible as qwen3_moe or mixtral."""
 
@@ -97,7 +125,8 @@ class HaoAIConfig:
                 raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; set head_dim, or change one")
             self.head_dim = self.n_embd // max(self.n_head, 1)
         if self.intermediate_size is None:
-            self.intermediate_size = _round_up(self.n_embd * 8 / 3, FEED_FORWARD_MULTIPLE)
+            widths = 4 if self.feed_forward == "relu2" else 8 / 3  # the same number of weights
+            self.intermediate_size = _round_up(self.n_embd * widths, FEED_FORWARD_MULTIPLE)
         if self.n_expert and self.moe_intermediate_size is None:
             self.moe_intermediate_size = _round_up(self.ffn_size / max(self.n_expert_per_token, 1), EXPERT_MULTIPLE)
         self._check()
@@ -126,6 +155,14 @@ class HaoAIConfig:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
         if self.use_sliding_window and (not self.window_pattern or set(self.window_pattern) - set("SL")):
             raise ValueError(f"window_pattern must consist of S (window) and L (full), not {self.window_pattern!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("logit_softcap", "deep_supervision_coef"):
+            if isinstance(getattr(self, name), bool) or not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        if self.n_expert and self.feed_forward != "swiglu":
+            raise ValueError(f"feed_forward={self.feed_forward!r} cannot be combined with n_expert={self.n_expert}")
         if isinstance(self.n_expert, bool) or not isinstance(self.n_expert, int) or self.n_expert < 0:
             raise ValueError(f"n_expert must be 0 (dense) or a number of experts, not {self.n_expert!r}")
         if self.n_expert:
@@ -179,6 +216,11 @@ class HaoAIConfig:
         return self.intermediate_size
 
     @property
+    def ffn_matrices(self) -> int:
+        """Matrices of a dense feed-forward layer."""
+        return 2 if self.feed_forward == "relu2" else 3
+
+    @property
     def expert_size(self) -> int:
         assert self.moe_intermediate_size is not None
         return self.moe_intermediate_size
@@ -186,6 +228,15 @@ class HaoAIConfig:
     def layer_is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` has experts instead of one feed-forward layer."""
         return self.n_expert > 0 and self.moe_pattern[layer % len(self.moe_pattern)] == "E"
+
+    def layer_has_value_embedding(self, layer: int) -> bool:
+        """Every second layer, the last one included."""
+        return self.value_embedding and (self.n_layer - 1 - layer) % 2 == 0
+
+    @property
+    def supervised_layers(self) -> list[int]:
+        """Layers (counted from 0) whose output predicts the next token with deep_supervision="layers": at one and two thirds."""
+        return sorted({max(1, self.n_layer // 3) - 1, max(1, 2 * self.n_layer // 3) - 1} - {self.n_layer - 1})
 
     def layer_window(self, layer: int) -> int | None:
         """Number of keys layer `layer` may look at, itself included; None means all of them."""
@@ -215,13 +266,18 @@ class HaoAIConfig:
         width, heads, kv, size = self.n_embd, self.n_head, self.kv_heads, self.head_size
         attention = width * size * (heads + 2 * kv) + heads * size * width + (2 * size if self.qk_norm else 0)
         attention += size * (heads + 2 * kv) if self.attention_bias else 0
+        attention += {"none": 0, "head": width * heads, "element": width * heads * size}[self.attention_gate]
+        attention += {"none": 0, "query": heads * size, "length": heads}[self.attention_temperature]
+        attention += 2 * width if self.residual_scale else 0
         sparse = sum(self.layer_is_sparse(layer) for layer in range(self.n_layer))
-        body = self.n_layer * (attention + 2 * width) + (self.n_layer - sparse) * 3 * width * self.ffn_size + width
-        unused = 0
+        body = self.n_layer * (attention + 2 * width) + (self.n_layer - sparse) * self.ffn_matrices * width * self.ffn_size + width
+        body += (self.n_layer - 1) * kv if self.value_residual else 0
+        unused = self.vocab_size * kv * size * sum(self.layer_has_value_embedding(layer) for layer in range(self.n_layer))
+        body += unused  # looked up, not multiplied
         if sparse:
             expert = 3 * width * self.expert_size
             body += sparse * ((self.n_expert + self.n_shared_expert) * expert + self.n_expert * width)
-            unused = sparse * (self.n_expert - self.n_expert_per_token) * expert
+            unused += sparse * (self.n_expert - self.n_expert_per_token) * expert
         embedding = self.vocab_size * width
         total = body + embedding * (1 if self.tie_word_embeddings else 2)
         return Account(self, total, body_parameters=body, active_body_parameters=body - unused, head_parameters=embedding)

@@ -16,28 +16,35 @@ CHUNK = 1024
 ROW_MULTIPLE = 128
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None, softcap: float = 0.0
+) -> Tensor:
     """sum_n w_n * -log softmax(hidden_n @ weight.T)[target_n], a scalar in nats.
 
     hidden (N, C), weight (V, C), targets (N,) without ignored rows, token_weights (N,) or None for ones. Differentiable in
-    hidden and weight. Runs in the autocast type when autocast is on; the softmax and the sum are fp32.
+    hidden and weight. softcap > 0: logits are softcap * tanh(logits / softcap). Runs in the autocast type when autocast is on; the softmax and the sum are fp32.
     """
     if not torch.is_grad_enabled():
         # Inside an autograd function a parameter asks for its gradient even under no_grad: evaluation would pay for it.
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, softcap)
 
 
 @torch.no_grad()
-def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
     """log softmax(hidden_n @ weight.T)[target_n] for each row, (N,) fp32, not differentiable."""
     dtype = compute_dtype(hidden)
     weight = weight.to(dtype)
     parts = []
     for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        logits = (rows.to(dtype) @ weight.T).float()
+        logits = capped((rows.to(dtype) @ weight.T).float(), softcap)
         parts.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(dim=1))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap); unchanged for softcap = 0."""
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -48,7 +55,9 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, softcap: float
+    ) -> Tensor:
         dtype = compute_dtype(hidden)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = weight.to(dtype)
@@ -69,7 +78,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], CHUNK):
                 rows = hidden[start : start + CHUNK].to(dtype)
                 wanted = targets[start : start + CHUNK, None]
-                logits = (rows @ head.T).float()  # (chunk, V)
+                logits = capped((rows @ head.T).float(), softcap)  # (chunk, V)
+                slope = 1 - (logits / softcap).square() if softcap else None  # of the cap
                 log_total = logits.logsumexp(dim=1, keepdim=True)
                 losses = log_total - logits.gather(1, wanted)
                 scale = None if token_weights is None else token_weights[start : start + CHUNK, None].float()
@@ -78,6 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 gradient = logits.sub_(log_total).exp_()
                 gradient.scatter_add_(1, wanted, torch.full_like(losses, -1.0))
+                gradient = gradient if slope is None else gradient.mul_(slope)
                 gradient = (gradient if scale is None else gradient.mul_(scale)).to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[start : start + CHUNK] = gradient @ head
@@ -88,11 +99,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )

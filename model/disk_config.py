@@ -54,6 +54,16 @@ EXPERT_FIELD_NAMES = {
     "router_z_loss_coef": "router_z_loss_coef",
 }
 OWN_FIELDS = ("qk_norm", "use_sliding_window", "window_size", "window_pattern")  # `haoai` only, under our own names
+SMART_FIELDS = (  # `haoai` only, and only where they are not at their defaults
+    "attention_gate",
+    "attention_temperature",
+    "residual_scale",
+    "value_residual",
+    "value_embedding",
+    "feed_forward",
+    "logit_softcap",
+    "deep_supervision",
+)
 OWN_EXPERT_FIELDS = ("moe_pattern", "router_bias_rate", "n_shared_expert")
 
 # What transformers assumes when a file leaves a field out, where that is not our own default.
@@ -119,7 +129,9 @@ def model_type(config: HaoAIConfig) -> str:
 
 def portability_notes(config: HaoAIConfig) -> list[str]:
     """The settings, with their values, that no architecture of transformers (and llama.cpp) computes; empty for a standard model."""
-    notes = []
+    plain = HaoAIConfig()
+    parts = [name for name in SMART_FIELDS if getattr(config, name) != getattr(plain, name)]
+    notes = [f"{name}={getattr(config, name)!r}" for name in parts]
     windowed, sparse = _windowed_layers(config), _sparse_layers(config)
     mixed_windows = windowed and len(windowed) < config.n_layer
     pattern = f"window_pattern={config.window_pattern!r} (some layers with a window, some without)"
@@ -179,6 +191,7 @@ def config_to_disk(config: HaoAIConfig, tokenizer: BPETokenizer | None = None, d
         data.update(window_pattern=config.window_pattern)
     if kind == "haoai":
         data.update({name: getattr(config, name) for name in OWN_FIELDS}, qkv_bias=config.attention_bias)
+        data.update({name: getattr(config, name) for name in (*SMART_FIELDS, "deep_supervision_coef")})
     if tokenizer is not None:
         data.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id)
     return data
@@ -240,6 +253,8 @@ def config_from_disk(data: dict[str, Any], file: Path) -> HaoAIConfig:
         fields.update(_rope_from_disk(data), eos_token_id=data.get("eos_token_id"))
         fields["attention_bias"] = data.get("qkv_bias", False) if kind == "haoai" else kind == "qwen2"
         fields["qk_norm"] = data.get("qk_norm", False) if kind == "haoai" else kind in ("qwen3", "qwen3_moe")
+        if kind == "haoai":
+            fields.update({name: data[name] for name in (*SMART_FIELDS, "deep_supervision_coef") if name in data})
         fields.update(_windows_from_disk(data, kind))
         fields.update(_experts_from_disk(data, kind))
         return HaoAIConfig(**fields)

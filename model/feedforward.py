@@ -17,15 +17,22 @@ from model.cross_entropy import compute_dtype
 
 
 class SmartFeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one fused product, on disk two matrices. x (B, T, C) -> (B, T, C)."""
+    """swiglu: down(silu(gate(x)) * up(x)), gate and up one fused product, on disk two matrices; relu2: down(relu(up(x))^2).
+    x (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: HaoAIConfig, width: int | None = None) -> None:
         super().__init__()
         width = width or config.ffn_size
-        self.gate_up_proj = nn.Linear(config.n_embd, 2 * width, bias=False)
+        if config.feed_forward == "relu2":
+            self.up_proj = nn.Linear(config.n_embd, width, bias=False)
+        else:
+            self.gate_up_proj = nn.Linear(config.n_embd, 2 * width, bias=False)
+        self.squared = config.feed_forward == "relu2"
         self.down_proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.squared:
+            return self.down_proj(F.relu(self.up_proj(x)).square())
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 

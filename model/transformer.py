@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import RMSNorm, RotaryEmbedding, SmartAttention, attention_mask
+from model.attention import RMSNorm, RotaryEmbedding, SmartAttention, TokenContext, attention_mask
 from model.cache import KVCache, LayerCache
 from model.config import HaoAIConfig
-from model.cross_entropy import compute_dtype, linear_cross_entropy, token_log_probs
+from model.cross_entropy import capped, compute_dtype, linear_cross_entropy, token_log_probs
 from model.feedforward import MixtureOfExperts, Routing, SmartFeedForward, balance_loss, z_loss
+from model.heads import LayerSupervision, NextTokenModule
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
@@ -43,12 +44,14 @@ class ModelOutput:
     """What training adds to the loss: the auxiliary terms, each with its coefficient; None for a plain model or in evaluation."""
     aux_terms: dict[str, Tensor] = field(default_factory=dict)
     """The same terms by name, without coefficients: `balance` and `router_z` of a mixture of experts."""
+    deep_losses: dict[str, Tensor] = field(default_factory=dict)
+    """Losses of the training-only heads, summed over the labelled tokens, each with its coefficient."""
     hidden_states: Tensor | None = None
     """(B, T, C) after the final norm."""
 
 
 class SmartTransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with residual_scale each branch times a learned vector."""
 
     def __init__(self, config: HaoAIConfig, layer: int) -> None:
         super().__init__()
@@ -57,22 +60,25 @@ class SmartTransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.layer_is_sparse(layer) else SmartFeedForward(config)
         self.dropout = config.dropout
+        self.attention_scale = nn.Parameter(torch.ones(config.n_embd)) if config.residual_scale else None
+        self.mlp_scale = nn.Parameter(torch.ones(config.n_embd)) if config.residual_scale else None
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: LayerCache | None = None,
-        real: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+    def reset_parts(self) -> None:
+        """Give the optional parts the values at which they change nothing."""
+        for scale in (self.attention_scale, self.mlp_scale):
+            if scale is not None:
+                nn.init.ones_(scale)
+
+    def forward(self, x: Tensor, context: TokenContext, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self._branch(self.self_attn(self.input_layernorm(x), context, mask, cache), self.attention_scale)
         normed = self.post_attention_layernorm(x)
-        return x + self._drop(self.mlp(normed, real) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed))
+        y = self.mlp(normed, context.real) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed)
+        return x + self._branch(y, self.mlp_scale)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def _branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        y = y if scale is None else y * scale
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
 class SmartHaoAI(nn.Module):
@@ -86,6 +92,10 @@ class SmartHaoAI(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config)
+        kinds = {"layers": LayerSupervision, "tokens": NextTokenModule}
+        self.auxiliary = kinds[config.deep_supervision](config) if config.deep_supervision in kinds else None
+        self.deep_weight = 1.0
+        """Share of deep_supervision_coef that counts now; the loop lowers it to 0 at the end of a run."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -99,6 +109,13 @@ class SmartHaoAI(nn.Module):
                 continue
             into_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
             nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer) if into_residual else std)
+        self.reset_parts()
+
+    def reset_parts(self) -> None:
+        """Give every optional part the values at which it changes nothing."""
+        for module in self.modules():
+            if isinstance(module, (SmartAttention, SmartTransformerBlock)):
+                module.reset_parts()
 
     @property
     def head_weight(self) -> Tensor:
@@ -128,17 +145,19 @@ class SmartHaoAI(nn.Module):
         tokens see only their own document. labels (B, T) unshifted, -100 ignored: label t is predicted from token t - 1 of the same
         document. cache: keys and values of the tokens before; it is appended to. Raises ValueError when T exceeds the context.
         """
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids, segment_ids, cache)
+        hidden, context = self._trunk(input_ids, attention_mask, position_ids, segment_ids, cache)
         out = ModelOutput(hidden_states=hidden if output_hidden_states else None)
         if labels is not None:
             rows, targets = self._predictions(hidden, labels, segment_ids)
             out.loss_tokens = targets.numel()
-            out.loss_sum = linear_cross_entropy(rows, self.head_weight, targets)
+            out.loss_sum = self._head_loss(rows, targets)
             out.loss = out.loss_sum / max(out.loss_tokens, 1)
             if self.training:
                 self._add_auxiliary(out)
+                out.deep_losses = self._deep_losses(hidden, context, labels, segment_ids)
         if return_logits if return_logits is not None else labels is None:
-            out.logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
+            logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
+            out.logits = capped(logits, self.config.logit_softcap)
         return out
 
     @torch.no_grad()
@@ -148,7 +167,8 @@ class SmartHaoAI(nn.Module):
         hidden = self.hidden_states(input_ids, **inputs)
         chosen = (targets != IGNORE).reshape(-1).nonzero()[:, 0]
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
-        return token_log_probs(rows, self.head_weight, targets.reshape(-1).index_select(0, chosen))
+        wanted = targets.reshape(-1).index_select(0, chosen)
+        return token_log_probs(rows, self.head_weight, wanted, self.config.logit_softcap)
 
     def hidden_states(
         self,
@@ -159,28 +179,39 @@ class SmartHaoAI(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, C) after the final norm; arguments as in `forward`."""
+        return self._trunk(input_ids, attention_mask, position_ids, segment_ids, cache)[0]
+
+    def _trunk(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, TokenContext]:
         T = input_ids.shape[1]
         if cache is not None and T > cache.block:
             pieces = []
             for start in range(0, T, cache.block):
                 part = slice(start, start + cache.block)
-                pieces.append(
-                    self.hidden_states(
-                        input_ids[:, part], attention_mask, None if position_ids is None else position_ids[:, part], None, cache
-                    )
-                )
-            return torch.cat(pieces, dim=1)
+                positions = None if position_ids is None else position_ids[:, part]
+                piece, context = self._trunk(input_ids[:, part], attention_mask, positions, None, cache)
+                pieces.append(piece)
+            return torch.cat(pieces, dim=1), context
         if cache is None and T > self.config.max_position_embeddings:
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.max_position_embeddings}")
         positions, masks = self._layout(input_ids, attention_mask, position_ids, segment_ids, cache)
         x = self.embed_tokens(input_ids)
         cos, sin = self.rotary(positions)
-        real = attention_mask if segment_ids is None else segment_ids > 0
+        context = TokenContext(input_ids, positions, cos, sin, attention_mask if segment_ids is None else segment_ids > 0)
+        kept = self.config.supervised_layers if isinstance(self.auxiliary, LayerSupervision) and self.training else []
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, masks[index], None if cache is None else cache.layers[index], real)
+            x = layer(x, context, masks[index], None if cache is None else cache.layers[index])
+            if index in kept:
+                context.kept[index] = x
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        return self.norm(x), context
 
     def _layout(
         self,
@@ -253,13 +284,34 @@ class SmartHaoAI(nn.Module):
         for layer in self.expert_layers:
             layer.routing = None  # it holds the graph
 
-    def _predictions(self, hidden: Tensor, labels: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, C) and targets (N,) of the labelled tokens: state t - 1 predicts label t of the same document."""
-        targets = labels[:, 1:]
+    def _deep_losses(self, hidden: Tensor, context: TokenContext, labels: Tensor, segment_ids: Tensor | None) -> dict[str, Tensor]:
+        """Summed losses of the training-only heads, by name, with their coefficient."""
+        weight = self.config.deep_supervision_coef * self.deep_weight
+        losses: dict[str, Tensor] = {}
+        if not weight:
+            return losses
+        if isinstance(self.auxiliary, LayerSupervision):
+            for index, norm in zip(self.config.supervised_layers, self.auxiliary.norms, strict=True):
+                rows, targets = self._predictions(norm(context.kept[index]), labels, segment_ids)
+                losses[f"layer_{index + 1}_loss"] = weight * self._head_loss(rows, targets)
+        elif isinstance(self.auxiliary, NextTokenModule) and labels.shape[1] > 2:
+            states = self.auxiliary(hidden, self.embed_tokens(context.input_ids))
+            rows, targets = self._predictions(states, labels, segment_ids, distance=2)
+            losses["second_token_loss"] = weight * self._head_loss(rows, targets)
+        return losses
+
+    def _head_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(rows, self.head_weight, targets, softcap=self.config.logit_softcap)
+
+    def _predictions(
+        self, hidden: Tensor, labels: Tensor, segment_ids: Tensor | None, distance: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, C) and targets (N,) of the labelled tokens: state t - distance predicts label t of the same document."""
+        targets = labels[:, distance:]
         if segment_ids is not None:
-            targets = targets.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], IGNORE)
+            targets = targets.masked_fill(segment_ids[:, distance:] != segment_ids[:, :-distance], IGNORE)
         chosen = (targets != IGNORE).reshape(-1).nonzero()[:, 0]
-        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, chosen)
+        rows = hidden[:, : targets.shape[1]].reshape(-1, hidden.shape[-1]).index_select(0, chosen)
         return rows, targets.reshape(-1).index_select(0, chosen)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:

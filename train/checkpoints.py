@@ -34,7 +34,7 @@ def save_checkpoint(
     """Write the checkpoint of `step` and delete all but the newest `keep`."""
     path = out_dir / FOLDER / f"step_{step:06d}"
     with atomic_directory(path) as folder:
-        save_pretrained(model, folder, tokenizer)
+        save_pretrained(model, folder, tokenizer, resumable=True)
         tensors, values = _optimizer_state(model, optimizers)
         tensors["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():

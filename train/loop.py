@@ -40,6 +40,7 @@ from train.runtime import (
 LossFunction = Callable[[torch.nn.Module, Batch], list[Term]]
 Evaluate = Callable[[SmartHaoAI], dict[str, float]]
 REPLAN_EVERY = 0.05  # share of a time budget after which its number of steps is corrected
+DEEP_FADE = 0.1  # last share of a run in which the training-only heads lose their weight
 BUDGET_RESERVE = 0.97  # share of a time budget planned for steps; the rest is for evaluation and saving
 
 
@@ -248,6 +249,7 @@ class _Fit:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         self.lr = lr
+        self.model.deep_weight = min(1.0, (1 - self.state.done) / DEEP_FADE)
         micro = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]
         totals: dict[str, float] = {"micro_batches": len(micro)}
         for batch in micro:

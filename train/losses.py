@@ -32,4 +32,7 @@ def lm_loss(model: torch.nn.Module, batch: Batch) -> list[Term]:
     terms = [Term("loss", out.loss_sum, "tokens")]
     if out.aux_loss is not None:
         terms.append(Term("aux_loss", out.aux_loss, "micro_batches"))
+    for name, total in out.deep_losses.items():
+        # Over the same weight as the loss, so that a token counts the same however a step is split.
+        terms.append(Term(name, total, "tokens"))
     return terms

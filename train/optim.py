@@ -16,7 +16,8 @@ from torch import Tensor
 from train.config import OptimizationConfig
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
-ROUTER = ".mlp.gate.weight"
+# Not maps from one space to another, though they have two dimensions: a router's and a temperature's rows are addresses, a table's entries.
+NOT_MAPS = (".mlp.gate.weight", ".temperature", ".value_table.weight")
 
 
 class Muon(torch.optim.Optimizer):
@@ -83,7 +84,7 @@ def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, devic
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in parameters.items() if p.dim() >= 2}
-    inner = {n: p for n, p in matrices.items() if "layers." in n and not n.endswith(ROUTER)}
+    inner = {n: p for n, p in matrices.items() if "layers." in n and not n.endswith(NOT_MAPS)}
     muon = inner if settings.optimizer == "muon" else {}
     decayed = [p for n, p in matrices.items() if n not in muon]
     plain = [p for n, p in parameters.items() if n not in matrices]
