@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import HaoAIConfig
+from model.config import NEUTRAL_PARTS, HaoAIConfig
 from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, load_config, model_type, portability_notes
 from model.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text, recover_directory, sync
 
@@ -165,16 +165,28 @@ def _checksum(tensor: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------- loading
 
 
-def load_pretrained(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SmartHaoAI:
-    """Read a model directory. FileNotFoundError or ValueError say what is missing or does not fit."""
+def load_pretrained(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **parts: Any
+) -> SmartHaoAI:
+    """Read a model directory. FileNotFoundError or ValueError say what is missing or does not fit.
+
+    parts: settings of NEUTRAL_PARTS to switch on in a model that was trained without them; it computes the same until it is trained.
+    """
     path = find_model(path)
-    return build_model(load_config(path), open_weights(path), device, dtype)
+    fixed = sorted(parts.keys() - set(NEUTRAL_PARTS))
+    if fixed:
+        raise ValueError(f"{', '.join(fixed)} cannot be changed in a trained model; these can: {', '.join(NEUTRAL_PARTS)}")
+    return build_model(dataclasses.replace(load_config(path), **parts), open_weights(path), device, dtype, tuple(parts))
 
 
 def build_model(
-    config: HaoAIConfig, source: WeightSource, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    config: HaoAIConfig,
+    source: WeightSource,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    new_parts: Collection[str] = (),
 ) -> SmartHaoAI:
-    """A model of `config` with the weights of `source`, in evaluation mode.
+    """A model of `config` with the weights of `source`, in evaluation mode. The source need not have the tensors of `new_parts`.
 
     Names and shapes are checked first (see `fill`); then each tensor is read and copied to its place, so that the weights
     exist only once in memory. ValueError names a tensor that is missing, not expected, or of another shape.
@@ -182,10 +194,14 @@ def build_model(
     from model.attention import RotaryEmbedding
     from model.transformer import SmartHaoAI
 
-    _check_weights(config, source)  # before a wrong size in config.json asks for memory
+    without = dataclasses.replace(config, **{name: getattr(HaoAIConfig(), name) for name in new_parts})
+    _check_weights(without if new_parts else config, source)  # before a wrong size in config.json asks for memory
     with torch.device("meta"):
         model = SmartHaoAI(config)
     model.to(dtype).to_empty(device=device)  # addresses only: memory is taken when a tensor is copied
+    model.reset_parts()
+    if model.auxiliary is not None and "deep_supervision" in new_parts:
+        model.auxiliary = type(model.auxiliary)(config).to(device, dtype)
     _copy_weights(model, source)
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # not a weight: computed, and always fp32
@@ -201,8 +217,10 @@ def fill(model: SmartHaoAI, source: WeightSource) -> None:
 
 @torch.no_grad()
 def _copy_weights(model: SmartHaoAI, source: WeightSource) -> None:
+    there = source.shapes()
     for name, place in weights_to_disk(model.state_dict(), model.config).items():
-        place.copy_(source.tensor(name))
+        if name in there:  # others were checked to belong to a part that is new
+            place.copy_(source.tensor(name))
 
 
 def open_weights(folder: Path) -> SafetensorsWeights:

@@ -327,11 +327,16 @@ class SmartHaoAI(nn.Module):
         save_pretrained(self, path, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SmartHaoAI:
-        """Read a directory written by `save_pretrained` or by transformers: llama, mistral, qwen2, qwen3, mixtral, qwen3_moe."""
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **parts: Any
+    ) -> SmartHaoAI:
+        """Read a directory written by `save_pretrained` or by transformers: llama, mistral, qwen2, qwen3, mixtral, qwen3_moe.
+
+        parts: optional parts to add to the model, for example attention_gate="head"; they change nothing until they are trained.
+        """
         from model.checkpoint import load_pretrained
 
-        return load_pretrained(path, device, dtype)
+        return load_pretrained(path, device, dtype, **parts)
 
 
 def _left_padding(mask: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import find_model, load_config
-from model.config import HaoAIConfig
+from model.config import NEUTRAL_PARTS, HaoAIConfig
 from model.files import atomic_write_text
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
@@ -76,8 +76,9 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
         folder = find_model(settings.model_dir)
         config = load_config(folder)
         for name, value in settings.model_shape().items():
-            if name in settings.model and getattr(config, name) != value:
+            if name in settings.model and getattr(config, name) != value and name not in _added_parts(settings, config):
                 raise UsageError(f"model.{name}={value!r} does not fit the checkpoint {folder}, which has {getattr(config, name)!r}")
+        config = replace(config, **_added_parts(settings, config))
     else:
         shape = {"eos_token_id": tokenizer.eos_token_id, **settings.model_shape(), "vocab_size": tokenizer.vocab_size}
         shape["max_position_embeddings"] = max(shape.get("max_position_embeddings", 0), settings.data.max_length)
@@ -92,11 +93,18 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
     return config
 
 
+def _added_parts(settings: StageConfig, config: HaoAIConfig) -> dict[str, Any]:
+    """Optional parts that are set by name and that the checkpoint's `config` lacks: they start without an effect."""
+    plain = HaoAIConfig()
+    wanted = {name: value for name, value in settings.model_shape().items() if name in settings.model and name in NEUTRAL_PARTS}
+    return {name: value for name, value in wanted.items() if getattr(config, name) == getattr(plain, name) != value}
+
+
 def make_model(settings: StageConfig, config: HaoAIConfig) -> SmartHaoAI:
     """A new model with seeded weights, or the checkpoint's."""
     seed_everything(settings.train.seed)
     if settings.model_dir is not None:
-        return SmartHaoAI.from_pretrained(settings.model_dir)
+        return SmartHaoAI.from_pretrained(settings.model_dir, **_added_parts(settings, load_config(find_model(settings.model_dir))))
     return SmartHaoAI(config)
 
 
