@@ -228,6 +228,8 @@ class Engine:
         reused = min(_common_prefix(prompt, held.ids), len(prompt) - 1)
         needed = len(prompt) + limit
         fits = held.cache is not None and held.cache.capacity >= needed
+        # Other reasoning steps, or another threshold for halting: what is held was computed by another model, as it were.
+        fits = fits and held.cache.reasoning_setting == getattr(self.model, "reasoning_setting", None)  # type: ignore[union-attr]
         if held.cache is None or not fits or reused == 0 or not held.cache.rewind(reused):
             capacity = min(self.context, max(256, 1 << (needed - 1).bit_length()))
             held.cache, reused = self.new_cache(1, capacity), 0

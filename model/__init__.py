@@ -4,8 +4,10 @@ from model.attention import RMSNorm, RotaryEmbedding, SmartAttention
 from model.cache import KVCache
 from model.config import HaoAIConfig
 from model.feedforward import MixtureOfExperts, SmartFeedForward
+from model.output import ModelOutput
+from model.reasoning import ReasoningModule
 from model.tokenizer import BPETokenizer
-from model.transformer import ModelOutput, SmartHaoAI, SmartTransformerBlock
+from model.transformer import SmartHaoAI, SmartTransformerBlock
 
 __all__ = [
     "BPETokenizer",
@@ -14,6 +16,7 @@ __all__ = [
     "MixtureOfExperts",
     "ModelOutput",
     "RMSNorm",
+    "ReasoningModule",
     "RotaryEmbedding",
     "SmartAttention",
     "SmartFeedForward",

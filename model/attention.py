@@ -187,6 +187,24 @@ class SmartAttention(nn.Module):
     def forward(self, x: Tensor, context: TokenContext, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         """x (B, T, C); mask (B or 1, 1, T, S) additive, or None: T = S tokens with plain causality, or one token that sees all."""
         B, T, _ = x.shape
+        H, D = self.n_head, self.head_dim
+        q, k, v = self._heads(x, context)
+        if cache is not None:
+            k, v = (held.to(q.dtype) for held in cache.append(k, v))
+        y = attend(q, k, v, mask, self.dropout, self.training)  # (B, H, T, D)
+        if self.gate_proj is not None:
+            gate = 2 * torch.sigmoid(self.gate_proj(x).float())
+            y = y * gate.view(B, T, H, -1).transpose(1, 2).to(y.dtype)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+
+    def remember(self, x: Tensor, context: TokenContext, cache: LayerCache) -> None:
+        """Put the keys and values of x (B, T, C) into the cache and compute nothing else."""
+        _, k, v = self._heads(x, context)
+        cache.append(k, v)
+
+    def _heads(self, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> rotated queries (B, H, T, D) and keys, and values, both (B, K, T, D)."""
+        B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
         qkv = self.qkv_proj(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split((H, K, K), dim=1)
@@ -196,15 +214,7 @@ class SmartAttention(nn.Module):
         if self.temperature is not None:
             q = q * self._temperature(q, context.positions).to(q.dtype)
         v = self._values(v, context)
-        q, k = rotate(q, context.cos, context.sin).to(dtype), rotate(k, context.cos, context.sin).to(dtype)
-        if cache is not None:
-            k, v = cache.append(k, v)
-            k, v = k.to(dtype), v.to(dtype)
-        y = self._attend(q, k, v, mask)  # (B, H, T, D)
-        if self.gate_proj is not None:
-            gate = 2 * torch.sigmoid(self.gate_proj(x).float())
-            y = y * gate.view(B, T, H, -1).transpose(1, 2).to(y.dtype)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+        return rotate(q, context.cos, context.sin).to(dtype), rotate(k, context.cos, context.sin).to(dtype), v
 
     def _temperature(self, q: Tensor, positions: Tensor) -> Tensor:
         """Factor on the queries (B or 1, H, T, 1): an inverse temperature of the softmax."""
@@ -226,20 +236,25 @@ class SmartAttention(nn.Module):
             v = v + self.value_mix[:, None, None].to(v.dtype) * (context.first_values - v)
         return v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        B, H, T, D = q.shape
-        K = k.shape[1]
-        causal = mask is None and T > 1
-        if T == 1 and K < H:
-            # One query: the heads of a group become rows of one product, so that keys and values are read once per group.
-            y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask, dropout_p=dropout)
-            return y.view(B, H, T, D)
-        if self.training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= LONGEST_EXPLICIT:
-            return _explicit_attention(q, k, v, mask, dropout)
-        if K < H:
-            k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, training: bool) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v with grouped heads: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D), by the fastest kernel.
+
+    mask (B or 1, 1, T, S) additive; None: S = T with plain causality, or one query that sees all. dropout counts in training only.
+    """
+    dropout = dropout if training else 0.0
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    causal = mask is None and T > 1
+    if T == 1 and K < H:
+        # One query: the heads of a group become rows of one product, so that keys and values are read once per group.
+        y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask, dropout_p=dropout)
+        return y.view(B, H, T, D)
+    if training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= LONGEST_EXPLICIT:
+        return _explicit_attention(q, k, v, mask, dropout)
+    if K < H:
+        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import NEUTRAL_PARTS, HaoAIConfig
+from model.config import NEUTRAL_PARTS, HaoAIConfig, added_parts
 from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, load_config, model_type, portability_notes
 from model.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text, recover_directory, sync
 
@@ -165,18 +165,20 @@ def _checksum(tensor: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------- loading
 
 
-def load_pretrained(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **parts: Any
-) -> SmartHaoAI:
+def load_pretrained(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **parts: Any) -> SmartHaoAI:
     """Read a model directory. FileNotFoundError or ValueError say what is missing or does not fit.
 
-    parts: settings of NEUTRAL_PARTS to switch on in a model that was trained without them; it computes the same until it is trained.
+    parts: settings of NEUTRAL_PARTS to switch on in a model that was trained without them, with what belongs to them
+    (PART_SETTINGS); it computes the same until it is trained.
     """
     path = find_model(path)
-    fixed = sorted(parts.keys() - set(NEUTRAL_PARTS))
+    config = load_config(path)
+    added = added_parts(config, parts)
+    fixed = sorted(name for name, value in parts.items() if name not in added and getattr(config, name, None) != value)
     if fixed:
         raise ValueError(f"{', '.join(fixed)} cannot be changed in a trained model; these can: {', '.join(NEUTRAL_PARTS)}")
-    return build_model(dataclasses.replace(load_config(path), **parts), open_weights(path), device, dtype, tuple(parts))
+    new_parts = [name for name in added if name in NEUTRAL_PARTS]
+    return build_model(dataclasses.replace(config, **added), open_weights(path), device, dtype, new_parts)
 
 
 def build_model(
@@ -200,8 +202,9 @@ def build_model(
         model = SmartHaoAI(config)
     model.to(dtype).to_empty(device=device)  # addresses only: memory is taken when a tensor is copied
     model.reset_parts()
-    if model.auxiliary is not None and "deep_supervision" in new_parts:
-        model.auxiliary = type(model.auxiliary)(config).to(device, dtype)
+    for part, name in (("deep_supervision", "auxiliary"), ("use_reasoning", "reasoning")):
+        if part in new_parts:
+            setattr(model, name, model.initialised(type(getattr(model, name))(config)).to(device, dtype))
     _copy_weights(model, source)
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # not a weight: computed, and always fp32
@@ -327,13 +330,14 @@ def find_model(path: str | Path) -> Path:
 def weights_to_disk(state: Mapping[str, Tensor], config: HaoAIConfig) -> dict[str, Tensor]:
     """Our state dict under transformers' key names. Fused matrices are split into views: what is written into a view is written into
     the model, so this one table serves saving and loading."""
-    heads = [config.n_head * config.head_size, config.kv_heads * config.head_size, config.kv_heads * config.head_size]
+    heads, latent_heads = _rows_of_heads(config), _rows_of_heads(config.reasoning_shape if config.use_reasoning else config)
     mixtral = model_type(config) == "mixtral"
     disk: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = name if name.startswith("lm_head.") else f"model.{name}"
         if ".qkv_proj." in name:
-            pieces = zip(("q_proj", "k_proj", "v_proj"), tensor.split(heads), strict=True)
+            rows = tensor.split(latent_heads if name.startswith("model.reasoning.") else heads)
+            pieces = zip(("q_proj", "k_proj", "v_proj"), rows, strict=True)
             disk.update({name.replace("qkv_proj", part): piece for part, piece in pieces})
         elif ".gate_up_proj." in name:
             halves = zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
@@ -345,6 +349,11 @@ def weights_to_disk(state: Mapping[str, Tensor], config: HaoAIConfig) -> dict[st
         else:
             disk[name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if mixtral else name] = tensor
     return disk
+
+
+def _rows_of_heads(config: HaoAIConfig) -> list[int]:
+    """Rows of q, k and v in a fused projection."""
+    return [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
 
 
 def _experts_to_disk(name: str, tensor: Tensor, mixtral: bool) -> dict[str, Tensor]:

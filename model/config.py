@@ -9,8 +9,11 @@ HaoAIConfig.preset("mini").account().table()    # parameters, FLOPs, memory
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from model.account import Account
 
 ROPE_SCALING_TYPES = ("linear", "yarn", "llama3")
 CHOICES = {
@@ -20,11 +23,30 @@ CHOICES = {
     "deep_supervision": ("none", "layers", "tokens"),
 }
 # What can be switched on in a trained model: it starts without an effect. The rest of the shape is fixed by the weights.
-NEUTRAL_PARTS = ("attention_gate", "attention_temperature", "residual_scale", "value_residual", "value_embedding", "deep_supervision")
+NEUTRAL_PARTS = (
+    "attention_gate",
+    "attention_temperature",
+    "residual_scale",
+    "value_residual",
+    "value_embedding",
+    "deep_supervision",
+    "use_reasoning",
+)
+# Settings of a part that can be chosen with it, when it is switched on.
+PART_SETTINGS = {
+    "deep_supervision": ("deep_supervision_coef",),
+    "use_reasoning": (
+        "reasoning_steps",
+        "reasoning_heads",
+        "reasoning_ffn",
+        "reasoning_step_coef",
+        "reasoning_ponder_coef",
+        "reasoning_halt",
+    ),
+}
 HEAD_DIM = 64
 FEED_FORWARD_MULTIPLE = 64
 EXPERT_MULTIPLE = 32
-PREFILL_BLOCK = 256
 
 
 @dataclass
@@ -114,6 +136,20 @@ class HaoAIConfig:
     tokens: a small module predicts the token after the next (Gloeckle et al., 2024; DeepSeek-V3)."""
     deep_supervision_coef: float = 0.3
     """Weight of the deep_supervision loss at the beginning; it falls to 0 in the last tenth of a run."""
+    use_reasoning: bool = False
+    """A reasoning head over the last layer: latent steps with shared weights before the next token is predicted (model/reasoning.py)."""
+    reasoning_steps: int = 4
+    """Latent steps in training, and in use unless `model.reasoning_steps` says otherwise."""
+    reasoning_heads: int | None = None
+    """Query heads of the reasoning head, grouped as in the trunk; None: as many as the trunk."""
+    reasoning_ffn: int | None = None
+    """Width of the reasoning head's SwiGLU layer; None: that of the trunk."""
+    reasoning_step_coef: float = 0.3
+    """Weight of the loss of the predictions after the earlier steps; it makes fewer steps, and halting, usable."""
+    reasoning_ponder_coef: float = 0.0
+    """Weight of the ponder cost: the share of the steps that a token is expected to need. 0.01 is usual."""
+    reasoning_halt: float = 0.0
+    """In use, a token stops once it is more than this sure of its prediction; 0: every token takes all steps."""
     n_shared_expert: int = 0
     """Experts of moe_intermediate_size that compute every token besides the chosen ones. Not expressible as qwen3_moe or mixtral."""
 
@@ -158,7 +194,7 @@ class HaoAIConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("logit_softcap", "deep_supervision_coef"):
+        for name in ("logit_softcap", "deep_supervision_coef", "reasoning_step_coef", "reasoning_ponder_coef", "reasoning_halt"):
             if isinstance(getattr(self, name), bool) or not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
         if self.n_expert and self.feed_forward != "swiglu":
@@ -167,6 +203,8 @@ class HaoAIConfig:
             raise ValueError(f"n_expert must be 0 (dense) or a number of experts, not {self.n_expert!r}")
         if self.n_expert:
             self._check_experts()
+        if self.use_reasoning:
+            self._check_reasoning()
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
@@ -182,6 +220,19 @@ class HaoAIConfig:
             factor = self.rope_scaling["factor"]
             if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
                 raise ValueError(f"rope_scaling factor must be a positive number, not {factor!r}")
+
+    def _check_reasoning(self) -> None:
+        for name in ("reasoning_steps", "reasoning_heads", "reasoning_ffn"):
+            value = getattr(self, name)
+            if value is None and name != "reasoning_steps":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.reasoning_halt >= 1:
+            raise ValueError(f"reasoning_halt must lie in [0, 1): a confidence is never larger, not {self.reasoning_halt!r}")
+        group = self.n_head // self.kv_heads
+        if self.reasoning_heads is not None and self.reasoning_heads % group:
+            raise ValueError(f"reasoning_heads={self.reasoning_heads} must be a multiple of n_head / n_kv_head = {group}")
 
     def _check_experts(self) -> None:
         if not 1 <= self.n_expert_per_token <= self.n_expert:
@@ -225,6 +276,25 @@ class HaoAIConfig:
         assert self.moe_intermediate_size is not None
         return self.moe_intermediate_size
 
+    @property
+    def reasoning_shape(self) -> HaoAIConfig:
+        """Shape of the reasoning head's block: one plain layer that shares the trunk's width and rotary positions."""
+        heads = self.reasoning_heads or self.n_head
+        return HaoAIConfig(
+            vocab_size=self.vocab_size,
+            n_layer=1,
+            n_head=heads,
+            n_kv_head=heads * self.kv_heads // self.n_head,
+            n_embd=self.n_embd,
+            head_dim=self.head_size,
+            intermediate_size=self.reasoning_ffn or (self.ffn_size if self.feed_forward == "swiglu" else None),
+            max_position_embeddings=self.max_position_embeddings,
+            rms_norm_eps=self.rms_norm_eps,
+            qk_norm=True,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+        )
+
     def layer_is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` has experts instead of one feed-forward layer."""
         return self.n_expert > 0 and self.moe_pattern[layer % len(self.moe_pattern)] == "E"
@@ -263,105 +333,7 @@ class HaoAIConfig:
 
     def account(self) -> Account:
         """Parameters, FLOPs and bytes of this shape, computed and not allocated."""
-        width, heads, kv, size = self.n_embd, self.n_head, self.kv_heads, self.head_size
-        attention = width * size * (heads + 2 * kv) + heads * size * width + (2 * size if self.qk_norm else 0)
-        attention += size * (heads + 2 * kv) if self.attention_bias else 0
-        attention += {"none": 0, "head": width * heads, "element": width * heads * size}[self.attention_gate]
-        attention += {"none": 0, "query": heads * size, "length": heads}[self.attention_temperature]
-        attention += 2 * width if self.residual_scale else 0
-        sparse = sum(self.layer_is_sparse(layer) for layer in range(self.n_layer))
-        body = self.n_layer * (attention + 2 * width) + (self.n_layer - sparse) * self.ffn_matrices * width * self.ffn_size + width
-        body += (self.n_layer - 1) * kv if self.value_residual else 0
-        unused = self.vocab_size * kv * size * sum(self.layer_has_value_embedding(layer) for layer in range(self.n_layer))
-        body += unused  # looked up, not multiplied
-        if sparse:
-            expert = 3 * width * self.expert_size
-            body += sparse * ((self.n_expert + self.n_shared_expert) * expert + self.n_expert * width)
-            unused += sparse * (self.n_expert - self.n_expert_per_token) * expert
-        embedding = self.vocab_size * width
-        total = body + embedding * (1 if self.tie_word_embeddings else 2)
-        return Account(self, total, body_parameters=body, active_body_parameters=body - unused, head_parameters=embedding)
-
-
-@dataclass(frozen=True)
-class Account:
-    """What a shape costs. All sizes in bytes, all work in floating-point operations."""
-
-    config: HaoAIConfig
-    parameters: int
-    body_parameters: int
-    active_body_parameters: int
-    """Those that compute one token: with experts, only the chosen ones."""
-    head_parameters: int
-
-    def flops_per_token(self, context: int, training: bool = True) -> float:
-        """Work per token at a mean attention span of context / 2 (windows shorten it); 6 N + attention in training, 2 N forward."""
-        spans = [min(context / 2, self.config.layer_window(i) or context) for i in range(self.config.n_layer)]
-        attention = sum(4 * self.config.n_head * self.config.head_size * span for span in spans)
-        forward = 2 * (self.active_body_parameters + self.head_parameters) + attention
-        return forward * (3 if training else 1)
-
-    def kv_cache_bytes(self, context: int, batch_size: int = 1, bytes_per_value: int = 4, block: int = PREFILL_BLOCK) -> int:
-        """What a `KVCache` for `batch_size` sequences of `context` tokens occupies; windowed layers hold the window and one block."""
-        per_token = 2 * self.config.kv_heads * self.config.head_size * bytes_per_value
-        windows = [self.config.layer_window(i) for i in range(self.config.n_layer)]
-        lengths = [context if w is None else min(context, w - 1 + min(block, context)) for w in windows]
-        return batch_size * per_token * sum(lengths)
-
-    def weight_bytes(self, bytes_per_value: int = 4) -> int:
-        return self.parameters * bytes_per_value
-
-    def training_bytes(self, batch_size: int, context: int, mixed_precision: bool = False) -> int:
-        """Estimate of a training step's peak: fp32 weights, gradients and two AdamW moments, plus saved activations.
-
-        The activation term counts the tensors autograd keeps per block (norm inputs, q, k, v, attention weights and
-        output, four feed-forward tensors) and one chunk of logits with its gradient; it is an estimate, good to some tens of percent.
-        """
-        c = self.config
-        act = 2 if mixed_precision else 4
-        per_token_block = (
-            4 * c.n_embd * 4  # fp32 residual stream and normalised inputs
-            + (c.n_head + 2 * c.kv_heads) * c.head_size * 2 * act  # q, k, v before and after the rotation
-            + c.n_head * c.head_size * act
-            + 4 * max(c.ffn_size, c.expert_size * (c.n_expert_per_token + c.n_shared_expert) if c.n_expert else 0) * act
-            + 2 * c.n_head * context * act  # attention weights, where they are stored
-        )
-        tokens = batch_size * context
-        weights_and_state = self.parameters * 4 * 4 + (self.parameters * 2 if mixed_precision else 0)
-        logits = min(tokens, 1024) * c.vocab_size * 4 * 2
-        return weights_and_state + tokens * per_token_block * c.n_layer + logits
-
-    def _feed_forward(self) -> str:
-        c = self.config
-        if not c.n_expert:
-            return f"feed-forward {c.intermediate_size}"
-        shared = f" and {c.n_shared_expert} shared" if c.n_shared_expert else ""
-        return f"{c.n_expert} experts of {c.moe_intermediate_size}, {c.n_expert_per_token}{shared} per token"
-
-    def table(self, context: int | None = None) -> str:
-        """A few aligned lines for people."""
-        context = context or self.config.max_position_embeddings
-        rows = [
-            (
-                "parameters",
-                f"{self.parameters / 1e6:.2f} M ({self.head_parameters / 1e6:.2f} M embedding"
-                f"{', tied' if self.config.tie_word_embeddings else ', untied'})"
-                + (f", {(self.active_body_parameters + self.head_parameters) / 1e6:.2f} M active" if self.config.n_expert else ""),
-            ),
-            (
-                "shape",
-                f"{self.config.n_layer} layers, width {self.config.n_embd}, {self.config.n_head}/{self.config.kv_heads} heads of "
-                f"{self.config.head_dim}, {self._feed_forward()}, vocabulary {self.config.vocab_size}",
-            ),
-            ("weights", f"{self.weight_bytes() / 2**20:.1f} MiB fp32, {self.weight_bytes(2) / 2**20:.1f} MiB bf16"),
-            (
-                "work",
-                f"{self.flops_per_token(context) / 1e6:.1f} MFLOP per trained token, "
-                f"{self.flops_per_token(context, training=False) / 1e6:.1f} per generated token",
-            ),
-            ("KV cache", f"{self.kv_cache_bytes(context) / 2**20:.2f} MiB for one sequence of {context} tokens (fp32)"),
-        ]
-        return "\n".join(f"  {name:<11}{text}" for name, text in rows)
+        return Account.of(self)
 
 
 # The exact shapes of known small models (vocabulary 6400, rotary base 1e6) stand under their sizes, for comparisons.
@@ -392,6 +364,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
+
+
+def added_parts(config: HaoAIConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `wanted` (fields and values) switches on optional parts that `config` lacks, and the settings that belong to them."""
+    plain = HaoAIConfig()
+    added = {name: value for name, value in wanted.items() if name in NEUTRAL_PARTS}
+    added = {name: value for name, value in added.items() if getattr(config, name) == getattr(plain, name) != value}
+    with_them = {name for part in added for name in PART_SETTINGS.get(part, ())}
+    return {**added, **{name: value for name, value in wanted.items() if name in with_them}}
 
 
 def _round_up(value: float, multiple: int) -> int:

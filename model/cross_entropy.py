@@ -17,17 +17,23 @@ ROW_MULTIPLE = 128
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None, softcap: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    softcap: float = 0.0,
+    hits: Tensor | None = None,
 ) -> Tensor:
     """sum_n w_n * -log softmax(hidden_n @ weight.T)[target_n], a scalar in nats.
 
     hidden (N, C), weight (V, C), targets (N,) without ignored rows, token_weights (N,) or None for ones. Differentiable in
-    hidden and weight. softcap > 0: logits are softcap * tanh(logits / softcap). Runs in the autocast type when autocast is on; the softmax and the sum are fp32.
+    hidden and weight. softcap > 0: logits are softcap * tanh(logits / softcap). hits (N,) bool is filled with where the target has
+    the largest logit. Runs in the autocast type when autocast is on; the softmax and the sum are fp32.
     """
     if not torch.is_grad_enabled():
         # Inside an autograd function a parameter asks for its gradient even under no_grad: evaluation would pay for it.
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, softcap)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, softcap, hits)
 
 
 @torch.no_grad()
@@ -56,7 +62,13 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, softcap: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor | None,
+        softcap: float,
+        hits: Tensor | None,
     ) -> Tensor:
         dtype = compute_dtype(hidden)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -81,7 +93,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = capped((rows @ head.T).float(), softcap)  # (chunk, V)
                 slope = 1 - (logits / softcap).square() if softcap else None  # of the cap
                 log_total = logits.logsumexp(dim=1, keepdim=True)
-                losses = log_total - logits.gather(1, wanted)
+                chosen = logits.gather(1, wanted)
+                losses = log_total - chosen
+                if hits is not None:
+                    hits[start : start + CHUNK] = (chosen >= logits.amax(dim=1, keepdim=True))[: count - start, 0]
                 scale = None if token_weights is None else token_weights[start : start + CHUNK, None].float()
                 total += (losses if scale is None else losses * scale).sum()
                 if not (needs_hidden or needs_weight):
@@ -104,6 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.config import HaoAIConfig
+from model.config import PART_SETTINGS, HaoAIConfig
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
@@ -63,7 +63,9 @@ SMART_FIELDS = (  # `haoai` only, and only where they are not at their defaults
     "feed_forward",
     "logit_softcap",
     "deep_supervision",
+    "use_reasoning",
 )
+SMART_SETTINGS = tuple(name for names in PART_SETTINGS.values() for name in names)  # `haoai` only: they mean nothing without their part
 OWN_EXPERT_FIELDS = ("moe_pattern", "router_bias_rate", "n_shared_expert")
 
 # What transformers assumes when a file leaves a field out, where that is not our own default.
@@ -191,7 +193,7 @@ def config_to_disk(config: HaoAIConfig, tokenizer: BPETokenizer | None = None, d
         data.update(window_pattern=config.window_pattern)
     if kind == "haoai":
         data.update({name: getattr(config, name) for name in OWN_FIELDS}, qkv_bias=config.attention_bias)
-        data.update({name: getattr(config, name) for name in (*SMART_FIELDS, "deep_supervision_coef")})
+        data.update({name: getattr(config, name) for name in (*SMART_FIELDS, *SMART_SETTINGS)})
     if tokenizer is not None:
         data.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id)
     return data
@@ -254,7 +256,7 @@ def config_from_disk(data: dict[str, Any], file: Path) -> HaoAIConfig:
         fields["attention_bias"] = data.get("qkv_bias", False) if kind == "haoai" else kind == "qwen2"
         fields["qk_norm"] = data.get("qk_norm", False) if kind == "haoai" else kind in ("qwen3", "qwen3_moe")
         if kind == "haoai":
-            fields.update({name: data[name] for name in (*SMART_FIELDS, "deep_supervision_coef") if name in data})
+            fields.update({name: data[name] for name in (*SMART_FIELDS, *SMART_SETTINGS) if name in data})
         fields.update(_windows_from_disk(data, kind))
         fields.update(_experts_from_disk(data, kind))
         return HaoAIConfig(**fields)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,33 +20,13 @@ from model.config import HaoAIConfig
 from model.cross_entropy import capped, compute_dtype, linear_cross_entropy, token_log_probs
 from model.feedforward import MixtureOfExperts, Routing, SmartFeedForward, balance_loss, z_loss
 from model.heads import LayerSupervision, NextTokenModule
+from model.output import ModelOutput
+from model.reasoning import ReasoningModule, ReasoningPath
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
 
 IGNORE = -100
-
-
-@dataclass
-class ModelOutput:
-    """What a forward pass returns; fields that were not asked for are None."""
-
-    logits: Tensor | None = None
-    """(B, T, V), or (B, 1, V) with last_only."""
-    loss: Tensor | None = None
-    """Mean cross-entropy over the labelled tokens, nats; 0 when there is none."""
-    loss_sum: Tensor | None = None
-    """The same, summed: what a token-weighted accumulation divides by its own total."""
-    loss_tokens: int = 0
-    """Number of labelled tokens in the sum."""
-    aux_loss: Tensor | None = None
-    """What training adds to the loss: the auxiliary terms, each with its coefficient; None for a plain model or in evaluation."""
-    aux_terms: dict[str, Tensor] = field(default_factory=dict)
-    """The same terms by name, without coefficients: `balance` and `router_z` of a mixture of experts."""
-    deep_losses: dict[str, Tensor] = field(default_factory=dict)
-    """Losses of the training-only heads, summed over the labelled tokens, each with its coefficient."""
-    hidden_states: Tensor | None = None
-    """(B, T, C) after the final norm."""
 
 
 class SmartTransformerBlock(nn.Module):
@@ -94,28 +73,50 @@ class SmartHaoAI(nn.Module):
         self.rotary = RotaryEmbedding(config)
         kinds = {"layers": LayerSupervision, "tokens": NextTokenModule}
         self.auxiliary = kinds[config.deep_supervision](config) if config.deep_supervision in kinds else None
+        self.reasoning = ReasoningModule(config) if config.use_reasoning else None
+        self.reasoning_halt = config.reasoning_halt
+        """Confidence above which a token takes no more reasoning steps, in evaluation; 0: never. May be changed."""
+        self._reasoning_steps = config.reasoning_steps
         self.deep_weight = 1.0
         """Share of deep_supervision_coef that counts now; the loop lowers it to 0 at the end of a run."""
-        self._initialise()
+        self.initialised(self)
 
-    def _initialise(self) -> None:
-        """Normal weights of initializer_range; what writes into the residual stream is smaller, so that its variance does not grow
-        with depth (GPT-2)."""
+    def initialised(self, part: nn.Module) -> nn.Module:
+        """`part` with normal weights of initializer_range; what writes into the residual stream is smaller, so that its variance does
+        not grow with depth (GPT-2). The optional parts change nothing yet."""
         std = self.config.initializer_range
-        for name, parameter in self.named_parameters():
+        for name, parameter in part.named_parameters():
             if parameter.dim() < 2:
                 if name.endswith(".bias"):
                     nn.init.zeros_(parameter)
                 continue
             into_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
             nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer) if into_residual else std)
-        self.reset_parts()
+        _reset_parts(part)
+        return part
 
     def reset_parts(self) -> None:
         """Give every optional part the values at which it changes nothing."""
-        for module in self.modules():
-            if isinstance(module, (SmartAttention, SmartTransformerBlock)):
-                module.reset_parts()
+        _reset_parts(self)
+
+    @property
+    def reasoning_steps(self) -> int:
+        """Latent steps of the reasoning head; may be set to any number, also to more than it was trained with. A KVCache that holds
+        tokens of another number is refused."""
+        return self._reasoning_steps
+
+    @reasoning_steps.setter
+    def reasoning_steps(self, steps: int) -> None:
+        if self.reasoning is None:
+            raise ValueError("the model has no reasoning head; add one: SmartHaoAI.from_pretrained(path, use_reasoning=True)")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"reasoning_steps must be a positive integer, not {steps!r}")
+        self._reasoning_steps = steps
+
+    @property
+    def reasoning_setting(self) -> tuple[int, float] | None:
+        """What the entries of a KVCache depend on besides the weights: steps and halting threshold of the reasoning head, if any."""
+        return None if self.reasoning is None else (self.reasoning_steps, 0.0 if self.training else float(self.reasoning_halt))
 
     @property
     def head_weight(self) -> Tensor:
@@ -140,21 +141,30 @@ class SmartHaoAI(nn.Module):
         return_logits: bool | None = None,
         last_only: bool = False,
         output_hidden_states: bool = False,
+        output_reasoning: bool = False,
     ) -> ModelOutput:
         """input_ids (B, T). attention_mask (B, T): 1 real, 0 padding. segment_ids (B, T): a number per packed document, 0 for padding;
         tokens see only their own document. labels (B, T) unshifted, -100 ignored: label t is predicted from token t - 1 of the same
-        document. cache: keys and values of the tokens before; it is appended to. Raises ValueError when T exceeds the context.
+        document. cache: keys and values of the tokens before; it is appended to. output_reasoning: return what the steps of the
+        reasoning head did. Raises ValueError when T exceeds the context.
         """
-        hidden, context = self._trunk(input_ids, attention_mask, position_ids, segment_ids, cache)
+        hidden, context, path = self._run(input_ids, attention_mask, position_ids, segment_ids, cache)
         out = ModelOutput(hidden_states=hidden if output_hidden_states else None)
         if labels is not None:
-            rows, targets = self._predictions(hidden, labels, segment_ids)
+            chosen, targets = _labelled(labels, segment_ids, hidden.shape[1])
+            hits = torch.empty(targets.shape, dtype=torch.bool, device=targets.device) if path is not None and self.training else None
             out.loss_tokens = targets.numel()
-            out.loss_sum = self._head_loss(rows, targets)
+            out.loss_sum = self._head_loss(_rows(hidden, chosen), targets, hits)
             out.loss = out.loss_sum / max(out.loss_tokens, 1)
             if self.training:
                 self._add_auxiliary(out)
                 out.deep_losses = self._deep_losses(hidden, context, labels, segment_ids)
+                if self.reasoning is not None and path is not None and hits is not None:
+                    out.deep_losses.update(
+                        self.reasoning.losses(path, chosen, targets, hits, lambda x, t, h: self._head_loss(self.norm(x), t, h))
+                    )
+        if path is not None and (output_reasoning or not self.training):
+            self._describe_reasoning(out, path, output_reasoning)
         if return_logits if return_logits is not None else labels is None:
             logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
             out.logits = capped(logits, self.config.logit_softcap)
@@ -179,25 +189,27 @@ class SmartHaoAI(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, C) after the final norm; arguments as in `forward`."""
-        return self._trunk(input_ids, attention_mask, position_ids, segment_ids, cache)[0]
+        return self._run(input_ids, attention_mask, position_ids, segment_ids, cache)[0]
 
-    def _trunk(
+    def _run(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         segment_ids: Tensor | None,
         cache: KVCache | None,
-    ) -> tuple[Tensor, TokenContext]:
+    ) -> tuple[Tensor, TokenContext, ReasoningPath | None]:
+        """Hidden states (B, T, C) after the final norm, and what the losses need of how they came about."""
         T = input_ids.shape[1]
         if cache is not None and T > cache.block:
-            pieces = []
+            pieces, paths = [], []
             for start in range(0, T, cache.block):
                 part = slice(start, start + cache.block)
                 positions = None if position_ids is None else position_ids[:, part]
-                piece, context = self._trunk(input_ids[:, part], attention_mask, positions, None, cache)
+                piece, context, path = self._run(input_ids[:, part], attention_mask, positions, None, cache)
                 pieces.append(piece)
-            return torch.cat(pieces, dim=1), context
+                paths += [] if path is None else [path]
+            return torch.cat(pieces, dim=1), context, ReasoningPath.joined(paths) if paths else None
         if cache is None and T > self.config.max_position_embeddings:
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.max_position_embeddings}")
         positions, masks = self._layout(input_ids, attention_mask, position_ids, segment_ids, cache)
@@ -205,13 +217,18 @@ class SmartHaoAI(nn.Module):
         cos, sin = self.rotary(positions)
         context = TokenContext(input_ids, positions, cos, sin, attention_mask if segment_ids is None else segment_ids > 0)
         kept = self.config.supervised_layers if isinstance(self.auxiliary, LayerSupervision) and self.training else []
+        path = None
         for index, layer in enumerate(self.layers):
             x = layer(x, context, masks[index], None if cache is None else cache.layers[index])
             if index in kept:
                 context.kept[index] = x
+        if self.reasoning is not None:
+            halt = 0.0 if self.training else self.reasoning_halt
+            path = self.reasoning(x, context, masks[-1], None if cache is None else cache.reasoning, self.reasoning_steps, halt)
+            x = self.reasoning.fused(x, path.states[-1])
         if cache is not None:
             cache.length += T
-        return self.norm(x), context
+        return self.norm(x), context, path
 
     def _layout(
         self,
@@ -221,7 +238,8 @@ class SmartHaoAI(nn.Module):
         segment_ids: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Positions (B or 1, T) for the rotation, and one attention mask per layer (shared between like layers)."""
+        """Positions (B or 1, T) for the rotation, and one attention mask per layer (shared between like layers), the reasoning head's
+        at the end."""
         B, T = input_ids.shape
         device = input_ids.device
         dtype = compute_dtype(self.embed_tokens.weight)
@@ -232,7 +250,7 @@ class SmartHaoAI(nn.Module):
                 raise ValueError("segment_ids (packed documents) cannot be used together with a cache")
             if padding_mask is not None and cache.length == 0:
                 cache.padding = _left_padding(padding_mask)
-            cache.prepare(T)
+            cache.prepare(T, self.reasoning_setting)
             start = cache.length
         slots = torch.arange(start, start + T, device=device)
         if position_ids is None:
@@ -245,9 +263,9 @@ class SmartHaoAI(nn.Module):
                 position_ids = (key_valid.long().cumsum(1) - 1).clamp(min=0)
         made: dict[tuple[int | None, int], Tensor | None] = {}
         masks = []
-        for index in range(self.config.n_layer):
-            window = self.config.layer_window(index)
-            held = T if cache is None else cache.layers[index].filled + T
+        windows = [self.config.layer_window(index) for index in range(self.config.n_layer)]
+        for index, window in enumerate(windows if self.reasoning is None else [*windows, None]):
+            held = T if cache is None else cache.all_layers[index].filled + T
             if (window, held) not in made:
                 keys = slots if cache is None else cache.key_positions(index, T)
                 if cache is not None:
@@ -292,27 +310,26 @@ class SmartHaoAI(nn.Module):
             return losses
         if isinstance(self.auxiliary, LayerSupervision):
             for index, norm in zip(self.config.supervised_layers, self.auxiliary.norms, strict=True):
-                rows, targets = self._predictions(norm(context.kept[index]), labels, segment_ids)
-                losses[f"layer_{index + 1}_loss"] = weight * self._head_loss(rows, targets)
+                chosen, targets = _labelled(labels, segment_ids, labels.shape[1])
+                losses[f"layer_{index + 1}_loss"] = weight * self._head_loss(_rows(norm(context.kept[index]), chosen), targets)
         elif isinstance(self.auxiliary, NextTokenModule) and labels.shape[1] > 2:
             states = self.auxiliary(hidden, self.embed_tokens(context.input_ids))
-            rows, targets = self._predictions(states, labels, segment_ids, distance=2)
-            losses["second_token_loss"] = weight * self._head_loss(rows, targets)
+            chosen, targets = _labelled(labels, segment_ids, states.shape[1], distance=2)
+            losses["second_token_loss"] = weight * self._head_loss(_rows(states, chosen), targets)
         return losses
 
-    def _head_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(rows, self.head_weight, targets, softcap=self.config.logit_softcap)
+    def _describe_reasoning(self, out: ModelOutput, path: ReasoningPath, whole: bool) -> None:
+        assert self.reasoning is not None
+        # The readout sees the state alone: that of a halted token still gives the confidence with which it halted.
+        out.confidence = torch.sigmoid(self.reasoning.confidence_logit(path.states[-1]))
+        out.steps_used = path.steps_used
+        if whole:
+            out.reasoning_states = torch.stack(path.states)
+            out.step_hidden_states = self.norm(self.reasoning.fused(path.trunk, out.reasoning_states[1:]))
+            out.step_confidence = torch.sigmoid(self.reasoning.confidence_logit(out.reasoning_states[1:]))
 
-    def _predictions(
-        self, hidden: Tensor, labels: Tensor, segment_ids: Tensor | None, distance: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, C) and targets (N,) of the labelled tokens: state t - distance predicts label t of the same document."""
-        targets = labels[:, distance:]
-        if segment_ids is not None:
-            targets = targets.masked_fill(segment_ids[:, distance:] != segment_ids[:, :-distance], IGNORE)
-        chosen = (targets != IGNORE).reshape(-1).nonzero()[:, 0]
-        rows = hidden[:, : targets.shape[1]].reshape(-1, hidden.shape[-1]).index_select(0, chosen)
-        return rows, targets.reshape(-1).index_select(0, chosen)
+    def _head_loss(self, rows: Tensor, targets: Tensor, hits: Tensor | None = None) -> Tensor:
+        return linear_cross_entropy(rows, self.head_weight, targets, softcap=self.config.logit_softcap, hits=hits)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
         """Continue input_ids (B, T); returns (B, T + new). Settings mean what they mean in transformers; temperature=0 is greedy."""
@@ -337,6 +354,27 @@ class SmartHaoAI(nn.Module):
         from model.checkpoint import load_pretrained
 
         return load_pretrained(path, device, dtype, **parts)
+
+
+def _reset_parts(part: nn.Module) -> None:
+    for module in part.modules():
+        if isinstance(module, (SmartAttention, SmartTransformerBlock, ReasoningModule)):
+            module.reset_parts()
+
+
+def _labelled(labels: Tensor, segment_ids: Tensor | None, width: int, distance: int = 1) -> tuple[Tensor, Tensor]:
+    """Where the labelled tokens are predicted, and what: rows (N,) of states (B * width, C), and targets (N,). State t - distance
+    predicts label t of the same document."""
+    targets = labels[:, distance:]
+    if segment_ids is not None:
+        targets = targets.masked_fill(segment_ids[:, distance:] != segment_ids[:, :-distance], IGNORE)
+    row, column = (targets != IGNORE).nonzero(as_tuple=True)
+    return row * width + column, targets[row, column]
+
+
+def _rows(states: Tensor, chosen: Tensor) -> Tensor:
+    """Rows `chosen` (N,) of states (B, T, C) as one list: (N, C)."""
+    return states.reshape(-1, states.shape[-1]).index_select(0, chosen)
 
 
 def _left_padding(mask: Tensor) -> Tensor | None:

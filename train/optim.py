@@ -17,7 +17,7 @@ from train.config import OptimizationConfig
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 # Not maps from one space to another, though they have two dimensions: a router's and a temperature's rows are addresses, a table's entries.
-NOT_MAPS = (".mlp.gate.weight", ".temperature", ".value_table.weight")
+NOT_MAPS = (".mlp.gate.weight", ".temperature", ".value_table.weight", ".step_embedding.weight", ".confidence.weight")
 
 
 class Muon(torch.optim.Optimizer):
@@ -84,7 +84,7 @@ def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, devic
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in parameters.items() if p.dim() >= 2}
-    inner = {n: p for n, p in matrices.items() if "layers." in n and not n.endswith(NOT_MAPS)}
+    inner = {n: p for n, p in matrices.items() if ("layers." in n or "reasoning." in n) and not n.endswith(NOT_MAPS)}
     muon = inner if settings.optimizer == "muon" else {}
     decayed = [p for n, p in matrices.items() if n not in muon]
     plain = [p for n, p in parameters.items() if n not in matrices]

@@ -107,6 +107,10 @@ def peak_memory_mb(device: str) -> float | None:
     """Highest memory use so far, 2^20 bytes: the accelerator's, else the process's; None when the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        # Linux: getrusage would count what the process held that started this one.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) / 2**10
     try:
         import resource
     except ImportError:

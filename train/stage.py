@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import find_model, load_config
-from model.config import NEUTRAL_PARTS, HaoAIConfig
+from model.config import HaoAIConfig, added_parts
 from model.files import atomic_write_text
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
@@ -95,9 +95,7 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
 
 def _added_parts(settings: StageConfig, config: HaoAIConfig) -> dict[str, Any]:
     """Optional parts that are set by name and that the checkpoint's `config` lacks: they start without an effect."""
-    plain = HaoAIConfig()
-    wanted = {name: value for name, value in settings.model_shape().items() if name in settings.model and name in NEUTRAL_PARTS}
-    return {name: value for name, value in wanted.items() if getattr(config, name) == getattr(plain, name) != value}
+    return added_parts(config, {name: value for name, value in settings.model_shape().items() if name in settings.model})
 
 
 def make_model(settings: StageConfig, config: HaoAIConfig) -> SmartHaoAI:

@@ -1,0 +1,1 @@
+"""The parts of `tools.ablate`: settings and runs, step times, results and statistics, tables and plots."""
