@@ -175,7 +175,8 @@ class SmartHaoAI(nn.Module):
         positions, masks = self._layout(input_ids, attention_mask, position_ids, segment_ids, cache)
         x = self.embed_tokens(input_ids)
         cos, sin = self.rotary(positions)
-        real = attention_mask if segment_ids is None else segment_ids > 0
+        seen = 0 if cache is None else cache.length  # the mask reaches over the cached tokens, too
+        real = segment_ids > 0 if segment_ids is not None else None if attention_mask is None else attention_mask[:, seen : seen + T]
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, masks[index], None if cache is None else cache.layers[index], real)
         if cache is not None:

@@ -12,6 +12,7 @@ Status 1 and a message when the result differs: token ids, or (for f32) log-prob
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -63,7 +64,6 @@ def main(argv: list[str] | None = None) -> None:
     source = _source(args.source, args.command)
     out = Path(args.out)
     _refuse_existing(args.command, source, out, args.overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
     _converter(args)(source, out)
     print(f"{out}: {_size(out) / 2**20:.1f} MiB")
     if args.no_check:
@@ -216,7 +216,7 @@ def _refuse_difference(comparison: Comparison, exact: bool, out: Path) -> None:
         wrong.append(f"log-probabilities differ by {comparison.largest:.2e} nats (allowed: {LARGEST_DIFFERENCE})")
     if exact and comparison.same_greedy is False:
         wrong.append("greedy decoding differs")
-    if comparison.largest != comparison.largest and not exact:
+    if math.isnan(comparison.largest) and not exact:
         wrong.append("log-probabilities are not numbers")
     if wrong:
         raise ValueError(f"the check of {out} failed: {', '.join(wrong)}; what was written stays there for a look, do not use it")

@@ -27,7 +27,7 @@ from model.checkpoint import CONFIG_FILE, GENERATION_FILE, find_model, load_pret
 from model.files import sync
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI, pad_left
-from tools.convert.compare import GREEDY_TOKENS, Comparison, Difference, log_probs, probe_rows, same_greedy
+from tools.convert.compare import GREEDY_TOKENS, Comparison, Difference, check_fits, log_probs, probe_rows, same_greedy
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -61,6 +61,8 @@ def export_onnx(folder: str | Path, out_file: str | Path, dtype: str = "f32", lo
     except ImportError as error:
         raise ValueError(f'ONNX export needs a package that is missing ({error.name}): pip install -e ".[export]"') from error
     model = load_pretrained(source)
+    if (source / "tokenizer.json").is_file():
+        check_fits(BPETokenizer.from_pretrained(source), model.config.vocab_size)
     graph, weights = ModelGraph(model, DTYPES[dtype]).build()
     file = target if alone else target / MODEL_FILE
     where = target.parent if alone else target
