@@ -237,6 +237,7 @@ def _names(folder: TokenizerFolder) -> dict[str, str | None]:
     if folder.own:
         return dict(OWN_NAMES)
     tokens = {i: token for token, i in folder.ids.items()}
+    added = {token["content"] for token in folder.added}  # a config.json may carry default ids, which are letters elsewhere
     names: dict[str, str | None] = {}
     for role in ROLES:
         name = folder.named.get(role)
@@ -244,7 +245,8 @@ def _names(folder: TokenizerFolder) -> dict[str, str | None]:
             continue
         stated = folder.config.values.get(f"{role}_token_id")
         stated = stated[0] if isinstance(stated, list) and stated else stated
-        names[role] = tokens.get(stated) if isinstance(stated, int) else None
+        token = tokens.get(stated) if isinstance(stated, int) else None
+        names[role] = token if token in added else None
     if "eos" in names and names["eos"] is None:
         names["eos"] = next((token for token in TURN_ENDS if token in folder.ids), None)
     return names

@@ -17,6 +17,7 @@ from tokenizers.trainers import BpeTrainer
 
 from model import BPETokenizer, SmartHaoAI
 from model.checkpoint import save_pretrained
+from tests.imported_helpers import llama3
 from tools.tokenizer_folder import EMBEDDING, FAIL, OK, OUTPUT, WARN, Check, TokenizerFolder
 from tools.tokenizer_repair import repair
 from tools.tokenizer_report import main, report
@@ -135,6 +136,16 @@ def test_missing_and_unreadable_files_are_written_anew(folder: Path, tiny_tokeni
     assert troubles(folder) == {"tokenizer_config.json": FAIL, "chat template": FAIL}
     repair(folder)
     assert troubles(folder) == {}
+
+
+def test_an_ordinary_token_does_not_become_the_end_of_a_turn(tmp_path: Path) -> None:
+    """Guards: default ids of a config.json (eos 2, bos 1) written as names, where they are letters: every answer ends at the letter."""
+    folder = llama3(tmp_path / "imported")
+    (folder / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}', encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": ', encoding="utf-8")
+    repair(folder)
+    settings = read(folder / "tokenizer_config.json")
+    assert settings["eos_token"] == "<|eot_id|>" and settings["bos_token"] is None
 
 
 def test_damage_beyond_repair_names_a_way_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

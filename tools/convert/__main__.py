@@ -132,6 +132,8 @@ def _refuse_existing(command: str, source: Path, out: Path, overwrite: bool) -> 
     is_folder = FORMATS[command].folder and not (command == "onnx" and out.suffix == ".onnx")
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise UsageError(f"OUT={out} is the original, or a folder around it; name another place")
+    if out.resolve() == Path.cwd().resolve():
+        raise UsageError(f"OUT={out} is the current folder, which cannot be replaced from inside; name another")
     if not out.exists() or (is_folder and out.is_dir() and not any(out.iterdir())):
         return
     if out.is_dir() != is_folder:
