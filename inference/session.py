@@ -20,7 +20,7 @@ import torch
 from inference.engine import Engine, PromptCache
 from inference.sampling import SamplingSettings
 from inference.text import THINK_OPEN, Channel, special_id, starts_in_reasoning
-from model.checkpoint import find_model
+from model.checkpoint import GENERATION_FILE, find_model
 from model.device import find_device
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
@@ -95,7 +95,7 @@ class ChatSession:
         if unknown:
             raise TypeError(f"ChatSession has no setting {', '.join(unknown)}; it knows {', '.join(known)}")
         folder = find_model(path)
-        sampling = SamplingSettings(**{**_preset_settings(folder), **settings})
+        sampling = SamplingSettings(**{**preset_settings(folder), **settings})
         model = SmartHaoAI.from_pretrained(folder, device=find_device(device), dtype=dtype)
         model.eval()
         return cls(model, BPETokenizer.from_pretrained(folder), system, enable_thinking, sampling)
@@ -201,8 +201,9 @@ class ChatSession:
         return [*rendered.ids, *self.tokenizer.encode(THINK_OPEN + "\n", parse_special=True)]
 
 
-def _preset_settings(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
+def preset_settings(path: Path) -> dict[str, Any]:
+    """What the generation_config.json in `path` presets of SamplingSettings. ValueError when it is not a JSON object."""
+    file = path / GENERATION_FILE
     if not file.is_file():
         return {}
     try:

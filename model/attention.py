@@ -63,7 +63,7 @@ def rotary_frequencies(config: HaoAIConfig) -> tuple[Tensor, float]:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies, 1.0
-    kind, factor = scaling.get("rope_type", scaling.get("type")), float(scaling["factor"])
+    kind, factor = config.rope_type, float(scaling["factor"])
     original = int(scaling.get("original_max_position_embeddings") or config.max_position_embeddings)
     if kind == "linear":
         return frequencies / factor, 1.0

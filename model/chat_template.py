@@ -127,9 +127,18 @@ def unguessable(begin: str, end: str) -> str:
     return begin + "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(16)) + end
 
 
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+
+
 def has_generation_marks(template: str) -> bool:
     """Whether a template says itself which words are the assistant's."""
-    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+    return _GENERATION.search(template) is not None
+
+
+def without_generation_marks(template: str) -> str:
+    """The same text for programs that do not know the marks: they become a block that is always there, since the whitespace beside
+    a mark belongs to it."""
+    return _GENERATION.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}{mark[3]}", template)
 
 
 def turn_ending(template: str, tokens: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import zlib
 from collections.abc import Collection, Mapping
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from model.config import NEUTRAL_PARTS, HaoAIConfig, added_parts
 from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, load_config, model_type, portability_notes
-from model.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text, recover_directory, sync
+from model.files import atomic_directory, atomic_write_text, recover_directory, sync, temporary_name
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
@@ -35,6 +36,8 @@ CHECKSUMS = "crc32"  # entry in a safetensors file's metadata: {tensor name: che
 RESULTS_FOLDER = "weight"  # local by convention: a name in it is never looked up online
 MAX_SHARD_BYTES = 4 * 2**30
 EXPERTS_END = "mlp.shared_expert.down_proj.weight"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DAMAGED_CONFIG = 100  # times as many parameters as the file holds
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, computed here
 
 
@@ -121,12 +124,12 @@ def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
     checksums: dict[str, int] = {}
     try:
         for file, names in zip(files, shards, strict=True):
-            checksums.update(_write_weights({name: weights[name] for name in names}, _temporary(folder / file), dtype))
+            checksums.update(_write_weights({name: weights[name] for name in names}, temporary_name(folder / file), dtype))
         for file in files:
-            os.replace(_temporary(folder / file), folder / file)
+            os.replace(temporary_name(folder / file), folder / file)
     finally:
         for file in files:
-            _temporary(folder / file).unlink(missing_ok=True)
+            temporary_name(folder / file).unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in weights.values()) * size
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -137,10 +140,12 @@ def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
             old.unlink(missing_ok=True)
 
 
-def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata."""
-    _write_weights(weights, _temporary(file), dtype)
-    os.replace(_temporary(file), file)
+def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata and
+    are returned."""
+    checksums = _write_weights(weights, temporary_name(file), dtype)
+    os.replace(temporary_name(file), file)
+    return checksums
 
 
 def _write_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> dict[str, int]:
@@ -148,14 +153,13 @@ def _write_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     file.touch()
     mode = file.stat().st_mode  # what the user's umask asks for; safetensors makes files that only their owner can read
-    save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
+    try:
+        save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{file} could not be written: {error}") from error
     file.chmod(mode)
     sync(file)
     return checksums
-
-
-def _temporary(file: Path) -> Path:
-    return file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -222,8 +226,14 @@ def fill(model: SmartHaoAI, source: WeightSource) -> None:
 def _copy_weights(model: SmartHaoAI, source: WeightSource) -> None:
     there = source.shapes()
     for name, place in weights_to_disk(model.state_dict(), model.config).items():
-        if name in there:  # others were checked to belong to a part that is new
-            place.copy_(source.tensor(name))
+        if name not in there:
+            continue  # it was checked to belong to a part that is new
+        tensor = source.tensor(name)
+        if tensor.dtype not in FLOATS:  # 8-bit weights mean nothing without their scales
+            raise ValueError(
+                f"{source.file}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is no plain number type"
+            )
+        place.copy_(tensor)
 
 
 def open_weights(folder: Path) -> SafetensorsWeights:
@@ -235,19 +245,30 @@ def open_weights(folder: Path) -> SafetensorsWeights:
         other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         hint = f"; {other[0]} is a pickled file, which is never read: convert it to safetensors" if other else ""
         raise FileNotFoundError(f"the weights {folder / WEIGHTS_FILE} are missing{hint}")
+    places, checksums = read_index(index)
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {len(names)} files; missing: {', '.join(missing)}")
+    return SafetensorsWeights([folder / name for name in names], index, checksums)
+
+
+def read_index(index: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """An index of shards: tensor -> name of its file in the same folder, and tensor -> checksum (known only for files written here).
+
+    ValueError when it cannot be read, and when it names a file outside its folder.
+    """
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted(set(content["weight_map"].values()))
+        places = dict(content["weight_map"].items())
+        names = sorted(set(places.values()))
         checksums = dict((content.get("metadata") or {}).get(CHECKSUMS) or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a readable index of shards: {error!r}") from error
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
         raise ValueError(f"{index} names {outside[0]!r}, which is not a file of this folder")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{index} names {len(names)} files; missing: {', '.join(missing)}")
-    return SafetensorsWeights([folder / name for name in names], index, checksums)
+    return places, checksums
 
 
 class SafetensorsWeights:
@@ -261,7 +282,7 @@ class SafetensorsWeights:
             reader = _open(file)
             try:
                 self._checksums.update(json.loads((reader.metadata() or {}).get(CHECKSUMS, "{}")))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{file} is damaged: its checksums cannot be read") from error
             for name in reader.keys():
                 if name in self._readers:
@@ -343,7 +364,7 @@ def weights_to_disk(state: Mapping[str, Tensor], config: HaoAIConfig) -> dict[st
             halves = zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
             disk.update({name.replace("gate_up_proj", part): half for part, half in halves})
         elif name.endswith(".mlp.gate_up_proj") or name.endswith(".mlp.down_proj"):
-            disk.update(_experts_to_disk(name, tensor, mixtral))
+            disk.update(_split_experts(name, tensor, mixtral))
         elif name.endswith(".mlp.choice_bias"):
             disk[name.replace("choice_bias", "gate.e_score_correction_bias")] = tensor
         else:
@@ -356,7 +377,7 @@ def _rows_of_heads(config: HaoAIConfig) -> list[int]:
     return [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
 
 
-def _experts_to_disk(name: str, tensor: Tensor, mixtral: bool) -> dict[str, Tensor]:
+def _split_experts(name: str, tensor: Tensor, mixtral: bool) -> dict[str, Tensor]:
     """A stack of all experts' matrices (E, rows, columns) as one disk tensor an expert and matrix."""
     block, _, kind = name.rpartition(".")
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -372,6 +393,9 @@ def _experts_to_disk(name: str, tensor: Tensor, mixtral: bool) -> dict[str, Tens
 def _check_weights(config: HaoAIConfig, source: WeightSource) -> None:
     from model.transformer import SmartHaoAI
 
+    asked, held = config.account().parameters, sum(math.prod(shape) for shape in source.shapes().values())
+    if asked > DAMAGED_CONFIG * max(held, 1):  # building the modules would take minutes, or more than torch can count
+        raise ValueError(f"{source.file} holds {held:,} parameters, its config.json asks for {asked:,}: one of the two is damaged")
     with torch.device("meta"):
         model = SmartHaoAI(config)
     expected = {name: tuple(tensor.shape) for name, tensor in weights_to_disk(model.state_dict(), config).items()}
@@ -406,6 +430,7 @@ __all__ = [
     "model_type",
     "open_weights",
     "portability_notes",
+    "read_index",
     "save_pretrained",
     "save_weights",
     "weights_to_disk",

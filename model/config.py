@@ -9,6 +9,7 @@ HaoAIConfig.preset("mini").account().table()    # parameters, FLOPs, memory
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,19 @@ PART_SETTINGS = {
         "reasoning_halt",
     ),
 }
+ROPE_SCALING_NUMBERS = (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 HEAD_DIM = 64
 FEED_FORWARD_MULTIPLE = 64
 EXPERT_MULTIPLE = 32
+MOST_PARTS = 2**16  # layers, and experts of a layer: more is a damaged file, not a model
 
 
 @dataclass
@@ -182,12 +193,19 @@ class HaoAIConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        for name in ("n_layer", "n_expert"):
+            if isinstance(getattr(self, name), int) and getattr(self, name) > MOST_PARTS:
+                raise ValueError(f"{name}={getattr(self, name)} is more than any model has (at most {MOST_PARTS:,})")
+        for name in ("qk_norm", "attention_bias", "tie_word_embeddings", "use_cache", "use_sliding_window", "norm_topk_prob"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs")
         for name in ("dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+            value = getattr(self, name)
+            if value != 0 and not (_is_positive(value) and value < 1.0):
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
         if self.use_sliding_window and (not self.window_pattern or set(self.window_pattern) - set("SL")):
             raise ValueError(f"window_pattern must consist of S (window) and L (full), not {self.window_pattern!r}")
@@ -207,19 +225,30 @@ class HaoAIConfig:
             self._check_reasoning()
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if not _is_positive(value):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id or 0]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ends):
+            raise ValueError(f"eos_token_id must be a token id or a list of them, not {self.eos_token_id!r}")
         if self.rope_scaling is not None:
-            if not isinstance(self.rope_scaling, dict):
-                raise ValueError(f"rope_scaling must be a mapping such as {{'rope_type': 'yarn', 'factor': 4}}, not {self.rope_scaling!r}")
-            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
-            if kind not in ROPE_SCALING_TYPES:
-                raise ValueError(f"rope_scaling rope_type={kind!r} is unknown; known: {', '.join(ROPE_SCALING_TYPES)}")
-            if "factor" not in self.rope_scaling:
-                raise ValueError("rope_scaling needs a 'factor' (how many times longer the context becomes)")
-            factor = self.rope_scaling["factor"]
-            if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
-                raise ValueError(f"rope_scaling factor must be a positive number, not {factor!r}")
+            self._check_rope_scaling(self.rope_scaling)
+
+    def _check_rope_scaling(self, scaling: Any) -> None:
+        if not isinstance(scaling, dict):
+            raise ValueError(f"rope_scaling must be a mapping such as {{'rope_type': 'yarn', 'factor': 4}}, not {scaling!r}")
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind not in ROPE_SCALING_TYPES:
+            raise ValueError(f"rope_scaling rope_type={kind!r} is unknown; known: {', '.join(ROPE_SCALING_TYPES)}")
+        if "factor" not in scaling:
+            raise ValueError("rope_scaling needs a 'factor' (how many times longer the context becomes)")
+        for name in ROPE_SCALING_NUMBERS:
+            if (name == "factor" or scaling.get(name) is not None) and not _is_positive(scaling[name]):
+                raise ValueError(f"rope_scaling {name} must be a positive number, not {scaling[name]!r}")
+        low, high = scaling.get("low_freq_factor") or 1, scaling.get("high_freq_factor") or 4
+        if kind == "llama3" and not low < high:
+            raise ValueError(f"rope_scaling low_freq_factor={low!r} must be smaller than high_freq_factor={high!r}")
+        if kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_scaling yarn needs a rope_theta above 1, not {self.rope_theta!r}")
 
     def _check_reasoning(self) -> None:
         for name in ("reasoning_steps", "reasoning_heads", "reasoning_ffn"):
@@ -235,7 +264,8 @@ class HaoAIConfig:
             raise ValueError(f"reasoning_heads={self.reasoning_heads} must be a multiple of n_head / n_kv_head = {group}")
 
     def _check_experts(self) -> None:
-        if not 1 <= self.n_expert_per_token <= self.n_expert:
+        per_token = self.n_expert_per_token
+        if isinstance(per_token, bool) or not isinstance(per_token, int) or not 1 <= per_token <= self.n_expert:
             raise ValueError(f"n_expert_per_token={self.n_expert_per_token} must lie between 1 and n_expert={self.n_expert}")
         if not isinstance(self.moe_intermediate_size, int) or self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size must be a positive integer, not {self.moe_intermediate_size!r}")
@@ -248,13 +278,19 @@ class HaoAIConfig:
         if self.router_balance_scope not in ("layer", "model"):
             raise ValueError(f"router_balance_scope must be layer or model, not {self.router_balance_scope!r}")
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_rate"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) != 0 and not _is_positive(getattr(self, name)):
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
 
     @property
     def kv_heads(self) -> int:
         assert self.n_kv_head is not None
         return self.n_kv_head
+
+    @property
+    def rope_type(self) -> str:
+        """The kind of `rope_scaling`, in its old or new spelling; "default" without."""
+        scaling = self.rope_scaling or {}
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
 
     @property
     def head_size(self) -> int:
@@ -373,6 +409,11 @@ def added_parts(config: HaoAIConfig, wanted: Mapping[str, Any]) -> dict[str, Any
     added = {name: value for name, value in added.items() if getattr(config, name) == getattr(plain, name) != value}
     with_them = {name for part in added for name in PART_SETTINGS.get(part, ())}
     return {**added, **{name: value for name, value in wanted.items() if name in with_them}}
+
+
+def _is_positive(value: Any) -> bool:
+    """A finite number above 0 (True is no number)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
 
 
 def _round_up(value: float, multiple: int) -> int:

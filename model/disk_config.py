@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.config import PART_SETTINGS, HaoAIConfig
+from model.config import MOST_PARTS, PART_SETTINGS, HaoAIConfig
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
@@ -131,9 +131,7 @@ def model_type(config: HaoAIConfig) -> str:
 
 def portability_notes(config: HaoAIConfig) -> list[str]:
     """The settings, with their values, that no architecture of transformers (and llama.cpp) computes; empty for a standard model."""
-    plain = HaoAIConfig()
-    parts = [name for name in SMART_FIELDS if getattr(config, name) != getattr(plain, name)]
-    notes = [f"{name}={getattr(config, name)!r}" for name in parts]
+    notes = smart_parts(config)
     windowed, sparse = _windowed_layers(config), _sparse_layers(config)
     mixed_windows = windowed and len(windowed) < config.n_layer
     pattern = f"window_pattern={config.window_pattern!r} (some layers with a window, some without)"
@@ -156,6 +154,12 @@ def portability_notes(config: HaoAIConfig) -> list[str]:
         if mixed_windows and not config.qk_norm and not config.attention_bias:
             notes.append(f"{pattern} without qk_norm")
     return notes
+
+
+def smart_parts(config: HaoAIConfig) -> list[str]:
+    """The optional parts that are on, as setting=value: what only this code base computes."""
+    plain = HaoAIConfig()
+    return [f"{name}={getattr(config, name)!r}" for name in SMART_FIELDS if getattr(config, name) != getattr(plain, name)]
 
 
 def _windowed_layers(config: HaoAIConfig) -> list[int]:
@@ -236,7 +240,7 @@ def load_config(path: str | Path) -> HaoAIConfig:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not a model directory: it has no {CONFIG_FILE}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(data).__name__}")
@@ -246,7 +250,7 @@ def load_config(path: str | Path) -> HaoAIConfig:
 def config_from_disk(data: dict[str, Any], file: Path) -> HaoAIConfig:
     """The HaoAIConfig of a config.json's content. ValueError names `file`, the field and its value."""
     kind = data.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(f"{file}: model_type={kind!r} cannot be read; known: {', '.join(ARCHITECTURES)}")
     _refuse_unsupported(data, kind, file)
     data = {**ABSENT[kind], **_one_name_for_experts(data, kind)}
@@ -302,7 +306,8 @@ def _refuse_unsupported(data: dict[str, Any], kind: str, file: Path) -> None:
 def _rope_from_disk(data: dict[str, Any]) -> dict[str, Any]:
     # Where a file has both, transformers goes by the old name, and by the base that stands beside the scaling.
     given = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    fields: dict[str, Any] = {"rope_theta": given.get("rope_theta") or data.get("rope_theta") or 10000.0}
+    bases = (given.get("rope_theta"), data.get("rope_theta"), ABSENT["llama"]["rope_theta"])
+    fields: dict[str, Any] = {"rope_theta": next(base for base in bases if base is not None)}
     scaling = {k: v for k, v in given.items() if v is not None and k not in ("partial_rotary_factor", "rope_theta")}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         fields["rope_scaling"] = scaling
@@ -310,7 +315,7 @@ def _rope_from_disk(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _windows_from_disk(data: dict[str, Any], kind: str) -> dict[str, Any]:
-    layers, size = int(data["num_hidden_layers"]), data.get("sliding_window")
+    layers, size = _whole(data, "num_hidden_layers", most=MOST_PARTS), data.get("sliding_window")
     if kind == "haoai":
         return {name: data[name] for name in OWN_FIELDS[1:] if data.get(name) is not None}
     if kind == "llama" or not size:  # transformers has no windows in llama, whatever the file says
@@ -322,11 +327,15 @@ def _windows_from_disk(data: dict[str, Any], kind: str) -> dict[str, Any]:
     elif kind == "qwen3_moe":
         pattern = "S"
     elif data.get("layer_types"):
-        pattern = "".join("S" if kind_of_layer == "sliding_attention" else "L" for kind_of_layer in data["layer_types"])
+        pattern = _pattern_of_layers(data["layer_types"], layers)
     else:
-        first = int(data["max_window_layers"] or 0)
+        first = _whole(data, "max_window_layers") if data["max_window_layers"] else 0
         pattern = "L" * min(first, layers) + "S" * max(layers - first, 0)
-    return {"use_sliding_window": True, "window_size": int(size), "window_pattern": _shortest(pattern, data.get("window_pattern"), layers)}
+    return {
+        "use_sliding_window": True,
+        "window_size": _whole(data, "sliding_window"),
+        "window_pattern": _shortest(pattern, data.get("window_pattern"), layers),
+    }
 
 
 def _experts_from_disk(data: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -334,22 +343,43 @@ def _experts_from_disk(data: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind not in ("mixtral", "qwen3_moe", "haoai") or not experts:
         return {}
     fields = {ours: data[theirs] for ours, theirs in EXPERT_FIELD_NAMES.items() if data.get(theirs) is not None}
-    fields["n_expert"], layers = int(experts), int(data["num_hidden_layers"])
+    layers = _whole(data, "num_hidden_layers", most=MOST_PARTS)
+    fields["n_expert"] = experts
     if kind == "mixtral":
         return {
             **fields,
-            "moe_intermediate_size": int(data["intermediate_size"]),
-            "intermediate_size": int(data.get("dense_intermediate_size") or data["intermediate_size"]),
+            "moe_intermediate_size": data["intermediate_size"],
+            "intermediate_size": data.get("dense_intermediate_size") or data["intermediate_size"],
             "norm_topk_prob": True,
             "moe_pattern": _shortest("E" * layers, data.get("moe_pattern"), layers),
         }
     if kind == "haoai":
         return {**fields, **{name: data[name] for name in OWN_EXPERT_FIELDS if data.get(name) is not None}}
-    every, dense = int(data.get("decoder_sparse_step") or 1), set(data.get("mlp_only_layers") or ())
+    every, dense = _whole({"decoder_sparse_step": 1, **data}, "decoder_sparse_step"), data.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ValueError(f"mlp_only_layers={dense!r} must be a list of layers")
     pattern = "".join("E" if i not in dense and (i + 1) % every == 0 else "D" for i in range(layers))
     if "E" not in pattern:
         return {}  # a dense model under the name of one with experts
     return {**fields, "moe_pattern": _shortest(pattern, data.get("moe_pattern"), layers)}
+
+
+def _whole(data: dict[str, Any], name: str, most: int | None = None) -> int:
+    value = data[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name}={value!r} must be a whole number from 1{'' if most is None else f' to {most:,}'}")
+    return value
+
+
+def _pattern_of_layers(kinds: Any, layers: int) -> str:
+    """layer_types in our letters. ValueError for other kinds of attention, and for a list of another length."""
+    letters = {"sliding_attention": "S", "full_attention": "L"}
+    unknown = [kind for kind in kinds if not isinstance(kind, str) or kind not in letters] if isinstance(kinds, list) else [kinds]
+    if unknown:
+        raise ValueError(f"layer_types names {unknown[0]!r}, which cannot be read; known: {', '.join(letters)}")
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}")
+    return "".join(letters[kind] for kind in kinds)
 
 
 def _shortest(pattern: str, own: Any, layers: int) -> str:

@@ -15,11 +15,16 @@ from pathlib import Path
 TEMPORARY_SUFFIX = ".tmp"
 
 
+def temporary_name(path: Path) -> Path:
+    """The name beside `path` under which this process writes it; `remove_leftovers` knows it."""
+    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -42,7 +47,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_directory(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
@@ -83,6 +88,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 def _aside(path: Path) -> Path:
     # Not a name like `sft.old`, which people give to their own backups: what stands here is deleted.
+    path = Path(os.path.abspath(path))  # "." and ".." have no name
     return path.with_name(f".{path.name}.replaced")
 
 

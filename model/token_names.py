@@ -38,6 +38,11 @@ class TokenNames:
     stops: tuple[str, ...] = ()
     """Tokens beside eos and document_end that end a reply."""
 
+    def tokens(self) -> set[str]:
+        """Every token that has a task."""
+        named = (self.eos, self.document_end, self.pad, self.bos, self.unk, *self.stops)
+        return {token for token in named if token is not None}
+
 
 def guess_names(backend: Tokenizer) -> TokenNames:
     """Names for a tokenizer.json that stands alone. Raises ValueError when no well-known token ends a turn."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -27,8 +27,7 @@ def spelling_of(data: dict[str, Any]) -> Spelling:
     for field in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
             raise ValueError(f"a BPE tokenizer with {field}={model[field]!r} cannot be used, only byte-level and SentencePiece-style BPE")
-    parts = [*_parts(data.get("decoder")), *_parts(data.get("pre_tokenizer"))]
-    types = {part["type"] for part in parts}
+    types = {str(step.get("type")) for part in ("decoder", "pre_tokenizer") for step in steps(data.get(part))}
     if "ByteLevel" in types:
         return "bytes"
     if model.get("byte_fallback") or types & {"Metaspace", "ByteFallback"}:
@@ -38,20 +37,22 @@ def spelling_of(data: dict[str, Any]) -> Spelling:
 
 def drops_first_space(data: dict[str, Any]) -> bool:
     """Whether decoding leaves out the space that a text's first token begins with (SentencePiece's prefix)."""
-    for part in _parts(data.get("decoder")):
-        if part["type"] == "Strip" and part.get("content") == " " and part.get("start", 0) > 0:
+    for step in steps(data.get("decoder")):
+        if step.get("type") == "Strip" and step.get("content") == " " and step.get("start", 0) > 0:
             return True
-        if part["type"] == "Metaspace":
-            return part.get("prepend_scheme", "always") != "never"
+        if step.get("type") == "Metaspace":
+            return step.get("prepend_scheme", "always") != "never"
     return False
 
 
-def _parts(node: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a decoder or pre-tokenizer, sequences opened."""
-    if isinstance(node, dict) and "type" in node:
-        yield node
-        for inner in [*node.get("decoders", []), *node.get("pretokenizers", [])]:
-            yield from _parts(inner)
+def steps(part: Any) -> list[dict[str, Any]]:
+    """A component of tokenizer.json (normaliser, pre-tokenizer, decoder) as the list of its steps, sequences unfolded."""
+    if not isinstance(part, dict):
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    children = [child for key in ("normalizers", "pretokenizers", "decoders") for child in part.get(key) or []]
+    return [step for child in children for step in steps(child)]
 
 
 def byte_table(backend: Tokenizer, spelling: Spelling, size: int) -> list[bytes]:

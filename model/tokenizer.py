@@ -63,7 +63,7 @@ class BPETokenizer:
         self._spelling = spelling_of(data)
         self.names = names or guess_names(backend)
         added = {token["content"] for token in data["added_tokens"]}
-        named = {token for token in (*dataclasses.astuple(self.names)[:5], *self.names.stops) if token is not None}
+        named = self.names.tokens()
         for token in named:
             _required(backend, token)
         if named - added:

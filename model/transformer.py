@@ -215,7 +215,9 @@ class SmartHaoAI(nn.Module):
         positions, masks = self._layout(input_ids, attention_mask, position_ids, segment_ids, cache)
         x = self.embed_tokens(input_ids)
         cos, sin = self.rotary(positions)
-        context = TokenContext(input_ids, positions, cos, sin, attention_mask if segment_ids is None else segment_ids > 0)
+        seen = 0 if cache is None else cache.length  # the mask reaches over the cached tokens, too
+        real = segment_ids > 0 if segment_ids is not None else None if attention_mask is None else attention_mask[:, seen : seen + T]
+        context = TokenContext(input_ids, positions, cos, sin, real)
         kept = self.config.supervised_layers if isinstance(self.auxiliary, LayerSupervision) and self.training else []
         path = None
         for index, layer in enumerate(self.layers):

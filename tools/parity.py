@@ -211,9 +211,22 @@ def randomise(model: nn.Module) -> None:
 def new_theirs(case: Case) -> Any:
     """A model that transformers made from its own configuration, without us."""
     transformers = import_transformers()
-    settings = {**THEIR_SHAPE, **case.theirs}
-    config = transformers.AutoConfig.for_model(case.architecture, **settings)
+    config = transformers.AutoConfig.for_model(case.architecture, **{**THEIR_SHAPE, **in_their_words(case.theirs)})
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def major_version() -> int:
+    """Of the installed transformers."""
+    return int(import_transformers().__version__.split(".")[0])
+
+
+def in_their_words(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration for the installed version: before transformers 5, `rope_parameters` had other names."""
+    if major_version() >= 5 or "rope_parameters" not in fields:
+        return fields
+    rope = dict(fields["rope_parameters"])
+    old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope}
+    return {**{name: value for name, value in fields.items() if name != "rope_parameters"}, **old}
 
 
 def load_theirs(folder: Path) -> Any:

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from model.chat_template import STORED_TEMPLATE, render_spans
+from model.token_text import steps
 from model.tokenizer import BYTES, CONTROL_TOKENS, DOCUMENT_END, IM_END, IM_START, SPECIAL_TOKENS, SPLIT_PATTERN, TAG_TOKENS
 from tools.tokenizer_folder import (
     EMBEDDING,
@@ -23,7 +24,6 @@ from tools.tokenizer_folder import (
     JsonFile,
     TokenizerFolder,
     split_patterns,
-    steps,
     token_name,
 )
 from tools.tokenizer_texts import OUR_READER, Failure, missing_bytes, unreachable

@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from model.chat_template import STORED_TEMPLATE
+from model.checkpoint import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE, read_index
 from model.files import atomic_write_text
+from model.token_text import steps
 from model.tokenizer import SPARE_TOKENS, SPLIT_PATTERN, BPETokenizer
 
 TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-CONFIG_FILE, GENERATION_FILE, MAP_FILE = "config.json", "generation_config.json", "special_tokens_map.json"
+MAP_FILE = "special_tokens_map.json"
 RECORD_FILE = "corpus.json"  # train_tokenizer leaves it beside what it trained
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROLES = ("eos", "pad", "bos", "unk")
 MOST_GAPS = 1000
@@ -129,11 +130,16 @@ class TokenizerFolder:
             self.load_problem = str(error)
 
     def _read_rows(self) -> None:
-        index = JsonFile.read(self.path / INDEX_FILE)
         names: dict[str, str] = dict.fromkeys((EMBEDDING, OUTPUT), WEIGHTS_FILE)
         if not (self.path / WEIGHTS_FILE).is_file():
-            weight_map = index.values.get("weight_map")
-            names = {name: weight_map[name] for name in names if name in weight_map} if isinstance(weight_map, dict) else {}
+            if not (self.path / INDEX_FILE).is_file():
+                return
+            try:
+                places, _ = read_index(self.path / INDEX_FILE)
+            except ValueError as error:
+                self.weights_problem = str(error)
+                return
+            names = {name: places[name] for name in names if name in places}
         for name, file_name in names.items():
             file = self.path / file_name
             try:
@@ -208,18 +214,6 @@ def token_name(value: Any) -> str | None:
 def split_patterns(data: dict[str, Any]) -> list[str]:
     """The regular expressions by which tokenizer.json cuts text before merging."""
     return [str(part["pattern"]["Regex"]) for part in steps(data.get("pre_tokenizer")) if "Regex" in (part.get("pattern") or {})]
-
-
-def steps(part: Any) -> list[dict[str, Any]]:
-    """A component of tokenizer.json as the list of its steps, sequences unfolded."""
-    if not isinstance(part, dict):
-        return []
-    if part.get("type") != "Sequence":
-        return [part]
-    children: list[Any] = []
-    for key in ("pretokenizers", "normalizers", "decoders"):
-        children += part.get(key) or []
-    return [step for child in children for step in steps(child)]
 
 
 def keep_copy(path: Path) -> str:

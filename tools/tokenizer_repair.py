@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from model.chat_template import STORED_TEMPLATE
-from model.files import TEMPORARY_SUFFIX, sync
+from model.checkpoint import CHECKSUMS, INDEX_FILE, load_weights, save_weights
+from model.token_names import TURN_ENDS
+from model.token_text import steps
 from model.tokenizer import CONTROL_TOKENS, SPARE_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, TAG_TOKENS
 from tools.tokenizer_checks import (
     OWN_NAMES,
@@ -30,7 +30,6 @@ from tools.tokenizer_checks import (
 )
 from tools.tokenizer_folder import (
     EMBEDDING,
-    INDEX_FILE,
     MOST_GAPS,
     OUTPUT,
     ROLES,
@@ -43,12 +42,9 @@ from tools.tokenizer_folder import (
     replace_json,
     replace_text,
     split_patterns,
-    steps,
 )
 
 TRAINED_ORDER = [*CONTROL_TOKENS, *TAG_TOKENS]  # the ids that training gives, from the first after the learned tokens
-# Names that end a reply in well-known models, for a folder that no longer says which.
-KNOWN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
 def repair(path: Path) -> list[str]:
@@ -241,6 +237,7 @@ def _names(folder: TokenizerFolder) -> dict[str, str | None]:
     if folder.own:
         return dict(OWN_NAMES)
     tokens = {i: token for token, i in folder.ids.items()}
+    added = {token["content"] for token in folder.added}  # a config.json may carry default ids, which are letters elsewhere
     names: dict[str, str | None] = {}
     for role in ROLES:
         name = folder.named.get(role)
@@ -248,9 +245,10 @@ def _names(folder: TokenizerFolder) -> dict[str, str | None]:
             continue
         stated = folder.config.values.get(f"{role}_token_id")
         stated = stated[0] if isinstance(stated, list) and stated else stated
-        names[role] = tokens.get(stated) if isinstance(stated, int) else None
+        token = tokens.get(stated) if isinstance(stated, int) else None
+        names[role] = token if token in added else None
     if "eos" in names and names["eos"] is None:
-        names["eos"] = next((token for token in KNOWN_ENDS if token in folder.ids), None)
+        names["eos"] = next((token for token in TURN_ENDS if token in folder.ids), None)
     return names
 
 
@@ -266,22 +264,25 @@ def repair_weights(folder: TokenizerFolder) -> list[str]:
         return []
     extra = folder.size - rows[1]
     grown = 0
+    checksums: dict[str, int] = {}
     for file in sorted({file for file, _ in folder.rows.values()}):
-        tensors = load_file(file)
+        tensors = load_weights(file)
         for name in [name for name, (holder, _) in folder.rows.items() if holder == file]:
             matrix = tensors[name]
             mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
             tensors[name] = torch.cat([matrix, mean.expand(extra, -1)])
             grown += extra * matrix.shape[1] * matrix.element_size()
-        temporary = file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        sync(temporary)
         keep_copy(file)
-        os.replace(temporary, file)
+        checksums.update(save_weights(tensors, file))
     index = JsonFile.read(folder.path / INDEX_FILE)
-    size = index.values.get("metadata", {}).get("total_size")
-    if isinstance(size, int):
-        replace_json(index.path, {**index.values, "metadata": {**index.values["metadata"], "total_size": size + grown}})
+    metadata = index.values.get("metadata")
+    if isinstance(metadata, dict):
+        changed = dict(metadata)
+        if isinstance(metadata.get("total_size"), int):
+            changed["total_size"] += grown
+        if isinstance(metadata.get(CHECKSUMS), dict):
+            changed[CHECKSUMS] = {**metadata[CHECKSUMS], **checksums}
+        replace_json(index.path, {**index.values, "metadata": changed})
     return [f"weights: {extra} rows added for new tokens (the mean of the others); fine-tune before relying on them"]
 
 

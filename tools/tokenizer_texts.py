@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
+from model.token_text import BYTE_TOKEN
 from tools.check_data import language_of
 from tools.tokenizer_folder import TokenizerFolder
 from train.formats import BadRows, as_text, expand_paths, is_token_file, read_samples, read_token_ids
@@ -20,7 +20,6 @@ DATA_CHARACTERS = 20_000_000  # read from --data at most, in equal parts from it
 BATCH = 256
 RANDOM_STRINGS = 64
 OUR_READER = "SmartHaoAI"
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text contains
 
 # Scripts that a careless normaliser or a missing byte damages. Each is a known trap of some tokenizer.

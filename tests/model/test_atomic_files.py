@@ -200,3 +200,12 @@ def test_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (folder / "a.txt").write_text("x", encoding="utf-8")
     atomic_write_text("b.txt", "y")
     assert contents(tmp_path) == {"b.txt": "y", "model/a.txt": "x"}
+
+
+@pytest.mark.parametrize("name", [".", "..", "../model"])
+def test_the_working_directory_has_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: `--model .` in a model's folder: "PosixPath('.') has an empty name"."""
+    (tmp_path / "model" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "inner" if name == ".." else tmp_path / "model")
+    recover_directory(name)
+    assert files._aside(Path(name)) == tmp_path / ".model.replaced"

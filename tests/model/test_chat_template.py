@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import BPETokenizer
-from model.chat_template import STORED_TEMPLATE, TEMPLATE_SOURCE, render_spans
+from model.chat_template import STORED_TEMPLATE, TEMPLATE_SOURCE, has_generation_marks, render_spans, without_generation_marks
 from model.tokenizer import CONTROL_TOKENS
 
 WEATHER = {
@@ -152,6 +152,19 @@ def test_stored_template_is_the_source_without_marks() -> None:
     assert "generation %}" in TEMPLATE_SOURCE
     assert STORED_TEMPLATE == TEMPLATE_SOURCE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     assert "endgeneration" not in STORED_TEMPLATE
+
+
+def test_marks_are_taken_out_without_their_whitespace() -> None:
+    """Guards: a template with marks on lines of their own that gives other text in programs that do not know them (GGUF files)."""
+    template = (
+        "{% for m in messages %}\n    {%- if m.role == 'assistant' %}\n    {% generation %}\n"
+        "        {{- m.content + '!' }}\n    {%- endgeneration -%}\n    {% else %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}"
+    )
+    plain = without_generation_marks(template)
+    messages = [user("a"), says("b"), user("c")]
+    assert has_generation_marks(template) and not has_generation_marks(plain)
+    texts = ["".join(piece for piece, _ in render_spans(messages, template=t)) for t in (template, plain)]
+    assert texts[0] == texts[1] and "b!" in texts[0]
 
 
 END = "<|im_end|>"

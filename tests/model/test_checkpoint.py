@@ -173,6 +173,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         r"model\.safetensors is damaged",
     ),
     "missing-part": (edit_weights(lambda w: w.pop(KEY)), ValueError, r"model\.safetensors .*missing .*k_proj"),
+    "8-bit": (edit_weights(lambda w: w.update({KEY: torch.ones_like(w[KEY], dtype=torch.int8)})), ValueError, r"k_proj.* int8"),
+    "8-bit-float": (edit_weights(lambda w: w.update({KEY: w[KEY].to(torch.float8_e4m3fn)})), ValueError, r"k_proj.*float8_e4m3fn"),
+    "endless-width": (edit_config(hidden_size=10**30), ValueError, r"model\.safetensors holds .*config\.json asks for"),
+    "endless-vocabulary": (edit_config(vocab_size=10**30), ValueError, r"model\.safetensors holds .*config\.json asks for"),
+    "many-layers": (edit_config(num_hidden_layers=60000), ValueError, r"model\.safetensors holds .*config\.json asks for"),
+    "config-nested": (write("config.json", b"[" * 200_000), ValueError, r"config\.json is not valid JSON"),
     "missing-key": (
         edit_weights(lambda w: w.pop("model.norm.weight")),
         ValueError,

@@ -27,6 +27,7 @@ BARE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+QWEN3_WINDOW: dict[str, Any] = {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4}
 ARCHITECTURES = [kind for kind in ABSENT if kind != "haoai"]
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -49,7 +50,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "theta": ({"rope_theta": "much"}, "rope_theta.*'much'"),
     "scaling as text": ({"rope_scaling": "yarn"}, "rope_scaling.*'yarn'"),
     "quantised as text": ({"quantization_config": "int8"}, "quantization_config='int8'"),
-    "window as text": ({"model_type": "mistral", "sliding_window": "wide"}, "wide"),
+    "window as text": ({"model_type": "mistral", "sliding_window": "wide"}, "sliding_window='wide'"),
+    "type as list": ({"model_type": ["llama"]}, "model_type=.*llama"),
+    "layers without end": ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000"),
+    "layers without end, experts": ({"model_type": "mixtral", "num_hidden_layers": 10**12, "num_local_experts": 2}, "num_hidden_layers"),
+    "experts without end": ({"model_type": "mixtral", "num_local_experts": 10**9}, "n_expert=1000000000"),
+    "experts as text": ({"model_type": "mixtral", "num_local_experts": "four"}, "n_expert.*'four'"),
+    "half an expert": ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1.5}, "n_expert_per_token=1.5"),
+    "dense layers as text": ({"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": "0"}, "mlp_only_layers='0'"),
+    "half a step": ({"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 1.5}, "decoder_sparse_step=1.5"),
+    "renormalised as text": ({"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": "no"}, "norm_topk_prob.*'no'"),
+    "chunks": (QWEN3_WINDOW | {"layer_types": ["chunked_attention"] * 3}, "layer_types.*'chunked_attention'"),
+    "too few layer types": (QWEN3_WINDOW | {"layer_types": ["sliding_attention"] * 2}, "layer_types has 2.*num_hidden_layers=3"),
+    "layer types as text": (QWEN3_WINDOW | {"layer_types": "sliding_attention"}, "layer_types.*'sliding_attention'"),
+    "endless theta": ({"rope_theta": float("inf")}, "rope_theta.*inf"),
+    "theta of zero": ({"rope_theta": 0}, "rope_theta.*0"),
+    "yarn as text": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}}, "beta_fast.*'32'"),
+    "yarn without turns": ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_theta.*1"),
+    "empty band": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 1.0}},
+        "low_freq_factor=1.*high_freq_factor=1",
+    ),
+    "tied as text": ({"tie_word_embeddings": "no"}, "tie_word_embeddings.*'no'"),
+    "end as text": ({"eos_token_id": "</s>"}, "eos_token_id.*'</s>'"),
+    "ends as texts": ({"eos_token_id": [1, "</s>"]}, "eos_token_id.*'</s>'"),
+    "dropout as text": ({"attention_dropout": "none"}, "attention_dropout.*'none'"),
+    "balance as text": ({"model_type": "qwen3_moe", "num_experts": 8, "router_aux_loss_coef": "low"}, "router_aux_loss_coef.*'low'"),
 }
 
 
@@ -190,7 +216,7 @@ def configs(draw: st.DrawFn) -> HaoAIConfig:
         "head_dim": draw(st.sampled_from([None, 6, 20])),
         "intermediate_size": draw(st.sampled_from([None, 30])),
         "max_position_embeddings": draw(st.integers(1, 5000)),
-        "rope_theta": draw(st.floats(1.0, 1e7)),
+        "rope_theta": draw(st.floats(1.5, 1e7)),
         "rms_norm_eps": draw(st.floats(1e-8, 1e-3)),
         "rope_scaling": draw(
             st.sampled_from(

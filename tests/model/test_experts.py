@@ -262,6 +262,18 @@ def test_load_is_counted_until_it_is_taken(make_model, seed: int) -> None:
     assert bool((model.take_expert_load() == 0).all())
 
 
+def test_load_with_a_cache_is_that_of_the_new_tokens(make_model, seed: int) -> None:
+    """Guards: a mask over the cached tokens, too, that is counted against the new ones (rollouts of a model in training mode)."""
+    model = make_model(**SPARSE).train()
+    ids, mask = pad_left([torch.randint(61, (n,)).tolist() for n in (9, 5)], pad_id=0)
+    model(ids, attention_mask=mask)
+    whole = model.take_expert_load()
+    cache = KVCache(model.config, 2, 9)
+    for start, end in ((0, 6), (6, 8), (8, 9)):
+        model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache)
+    assert torch.equal(model.take_expert_load(), whole)
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "mixtral": {"qk_norm": False},

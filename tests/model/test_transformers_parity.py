@@ -12,17 +12,9 @@ from parity_helpers import assert_equal_logits, load_theirs
 
 from model import HaoAIConfig, SmartHaoAI
 from model.transformer import pad_left
+from tools.parity import LLAMA3, YARN, in_their_words, major_version
 
 transformers = pytest.importorskip("transformers", reason="parity tests need: pip install -e .[parity]")
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 
 OURS: dict[str, dict[str, Any]] = {
     "qwen3": {},
@@ -83,7 +75,7 @@ def their_config(kind: str, **fields: Any) -> Any:
         "pad_token_id": None,
     }
     make = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind]
-    return make(**{**shape, **fields})
+    return make(**{**shape, **in_their_words(fields)})
 
 
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -157,7 +149,8 @@ def test_old_and_new_spellings_mean_the_same(scaling: dict | None, make_model, t
             back = SmartHaoAI.from_pretrained(tmp_path)
             assert back.config.rope_theta == 12345.0
             assert torch.equal(back(ids).logits, model(ids).logits)
-            assert_equal_logits(model, load_theirs(tmp_path), 30)
+            if spelling is old or major_version() >= 5:
+                assert_equal_logits(model, load_theirs(tmp_path), 30)
 
 
 def test_windows_that_llama_does_not_have(make_model, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3, linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
     "qwen2": {"qk_norm": False, "attention_bias": True},
     "mistral": {"qk_norm": False, "use_sliding_window": True, "window_pattern": "S", "window_size": 40},
+    "qwen3, window shorter than prompt and continuation": {"use_sliding_window": True, "window_pattern": "S", "window_size": 16},
     "mixtral": {"qk_norm": False, **EXPERTS},
     "qwen3_moe": EXPERTS,
 }

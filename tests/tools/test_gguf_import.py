@@ -231,8 +231,8 @@ def assert_refused(file: Path, folder: Path, words: str) -> None:
 def test_metadata_that_does_not_fit_is_named(case: str, write: Writer, tmp_path: Path) -> None:
     """Guards: a KeyError, an endless loop or a wrong model instead of a message with the key."""
     changes, words = BAD_FIELDS[case]
-    arch = changes.pop("general.architecture") if "general.architecture" in changes else "qwen3"
-    _, file = write(arch, fields=changes)
+    fields = {name: value for name, value in changes.items() if name != "general.architecture"}
+    _, file = write(changes.get("general.architecture", "qwen3"), fields=fields)
     assert_refused(file, tmp_path, words)
 
 

@@ -17,6 +17,7 @@ from tokenizers.trainers import BpeTrainer
 
 from model import BPETokenizer, SmartHaoAI
 from model.checkpoint import save_pretrained
+from tests.imported_helpers import llama3
 from tools.tokenizer_folder import EMBEDDING, FAIL, OK, OUTPUT, WARN, Check, TokenizerFolder
 from tools.tokenizer_repair import repair
 from tools.tokenizer_report import main, report
@@ -137,6 +138,16 @@ def test_missing_and_unreadable_files_are_written_anew(folder: Path, tiny_tokeni
     assert troubles(folder) == {}
 
 
+def test_an_ordinary_token_does_not_become_the_end_of_a_turn(tmp_path: Path) -> None:
+    """Guards: default ids of a config.json (eos 2, bos 1) written as names, where they are letters: every answer ends at the letter."""
+    folder = llama3(tmp_path / "imported")
+    (folder / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}', encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": ', encoding="utf-8")
+    repair(folder)
+    settings = read(folder / "tokenizer_config.json")
+    assert settings["eos_token"] == "<|eot_id|>" and settings["bos_token"] is None
+
+
 def test_damage_beyond_repair_names_a_way_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: a lost byte or a doubled id of learned tokens reported as fine, or --fix that pretends to have repaired it."""
     good = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -204,7 +215,7 @@ def test_ids_and_sizes_of_the_model_files(model_folder: Path) -> None:
 
 def test_model_vocabulary_smaller_than_the_tokenizer(model_folder: Path, tmp_path: Path) -> None:
     """Guards: rows for new special tokens that disturb the old ones, and a foreign tokenizer 'repaired' by inventing rows."""
-    weights = load_file(model_folder / "model.safetensors")
+    weights = {name: tensor.clone() for name, tensor in load_file(model_folder / "model.safetensors").items()}  # the file is rewritten
     rows = weights[EMBEDDING].shape[0]
     cut = {name: tensor[: rows - 2].clone() if name in (EMBEDDING, OUTPUT) else tensor for name, tensor in weights.items()}
     save_file(cut, model_folder / "model.safetensors", metadata={"format": "pt"})
@@ -221,6 +232,33 @@ def test_model_vocabulary_smaller_than_the_tokenizer(model_folder: Path, tmp_pat
     repair(model_folder)
     assert troubles(model_folder)["model vocabulary"] == FAIL
     assert load_file(model_folder / "model.safetensors")[EMBEDDING].shape[0] == 50
+
+
+def test_new_rows_of_a_model_in_shards(tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    """Guards: a repaired model that no longer loads, because the index has the checksums of the old rows."""
+    save_pretrained(tiny_model, tmp_path, tiny_tokenizer, max_shard_bytes=60_000)
+    rows = tiny_model.config.vocab_size
+    edit(tmp_path / "tokenizer.json", lambda data: data["added_tokens"].append(dict(data["added_tokens"][-1], content="<|mine|>", id=rows)))
+    assert troubles(tmp_path) == {"model vocabulary": FAIL}
+    repair(tmp_path)
+    assert troubles(tmp_path) == {}
+    grown = SmartHaoAI.from_pretrained(tmp_path)
+    assert grown.config.vocab_size == rows + 1 and torch.equal(grown.embed_tokens.weight[:rows], tiny_model.embed_tokens.weight)
+    index = read(tmp_path / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in grown.parameters())
+
+
+def test_an_index_that_leads_outside_is_damage(model_folder: Path, tmp_path: Path) -> None:
+    """Guards: a report that reads, and a repair that rewrites, files of other folders because an index names them."""
+    outside = (model_folder / "model.safetensors").rename(tmp_path / "other.safetensors")
+    before = outside.read_bytes()
+    index = {"weight_map": {EMBEDDING: "../other.safetensors"}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    edit(model_folder / "config.json", lambda data: data.update(vocab_size=5))
+    found = next(check for check in look(model_folder) if check.name == "weights")
+    assert found.status == FAIL and "'../other.safetensors'" in found.detail
+    repair(model_folder)
+    assert outside.read_bytes() == before
 
 
 def test_missing_token_of_a_full_model_takes_a_spare(model_folder: Path) -> None:

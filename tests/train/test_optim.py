@@ -99,19 +99,13 @@ def test_muon_treats_fused_matrices_apart(tiny_model: SmartHaoAI) -> None:
         torch.testing.assert_close(weight.detach(), torch.cat([p.detach() for p in pieces]))
 
 
+EXPERTS: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 20, "n_expert": 3}
+
+
 def test_muon_treats_every_expert_apart() -> None:
     """Guards stacks of experts: the update of a stack equals that of each expert's gate, up and down matrix by itself."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 16,
-        "vocab_size": 20,
-        "n_expert": 3,
-        "moe_intermediate_size": 12,
-        "n_shared_expert": 1,
-    }
-    model = SmartHaoAI(HaoAIConfig(**shape))
+    model = SmartHaoAI(HaoAIConfig(**EXPERTS, moe_intermediate_size=12, n_shared_expert=1))
     layers = model.expert_layers
     fused = build_optimizers(model, OptimizationConfig(optimizer="muon", lr=0.1, weight_decay=0.1), "cpu")[1]
     stacks = [(layer.gate_up_proj, 2) for layer in layers] + [(layer.down_proj, 1) for layer in layers]
@@ -134,16 +128,7 @@ def test_muon_treats_every_expert_apart() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_experts_have_one_optimiser_and_routers_are_not_orthogonalised(name: str) -> None:
     """Guards stacks that belong to no optimiser or are not decayed, routers in Muon, and choice biases that are trained."""
-    shape: dict[str, Any] = {
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 16,
-        "vocab_size": 20,
-        "n_expert": 3,
-        "router_bias_rate": 0.1,
-        "moe_pattern": "DE",
-    }
-    model = SmartHaoAI(HaoAIConfig(**shape))
+    model = SmartHaoAI(HaoAIConfig(**EXPERTS, router_bias_rate=0.1, moe_pattern="DE"))
     optimizers = build_optimizers(model, OptimizationConfig(optimizer=name, weight_decay=0.1), "cpu")
     held = {id(p): (o, g) for o in optimizers for g in o.param_groups for p in g["params"]}
     assert held.keys() == {id(p) for p in model.parameters()}

@@ -12,6 +12,7 @@ Status 1 and a message when the result differs: token ids, or (for f32) log-prob
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -63,7 +64,6 @@ def main(argv: list[str] | None = None) -> None:
     source = _source(args.source, args.command)
     out = Path(args.out)
     _refuse_existing(args.command, source, out, args.overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
     _converter(args)(source, out)
     print(f"{out}: {_size(out) / 2**20:.1f} MiB")
     if args.no_check:
@@ -132,6 +132,8 @@ def _refuse_existing(command: str, source: Path, out: Path, overwrite: bool) -> 
     is_folder = FORMATS[command].folder and not (command == "onnx" and out.suffix == ".onnx")
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise UsageError(f"OUT={out} is the original, or a folder around it; name another place")
+    if out.resolve() == Path.cwd().resolve():
+        raise UsageError(f"OUT={out} is the current folder, which cannot be replaced from inside; name another")
     if not out.exists() or (is_folder and out.is_dir() and not any(out.iterdir())):
         return
     if out.is_dir() != is_folder:
@@ -216,7 +218,7 @@ def _refuse_difference(comparison: Comparison, exact: bool, out: Path) -> None:
         wrong.append(f"log-probabilities differ by {comparison.largest:.2e} nats (allowed: {LARGEST_DIFFERENCE})")
     if exact and comparison.same_greedy is False:
         wrong.append("greedy decoding differs")
-    if comparison.largest != comparison.largest and not exact:
+    if math.isnan(comparison.largest) and not exact:
         wrong.append("log-probabilities are not numbers")
     if wrong:
         raise ValueError(f"the check of {out} failed: {', '.join(wrong)}; what was written stays there for a look, do not use it")

@@ -45,13 +45,14 @@ class Difference:
         found = float((ours - theirs).abs().max())
         # max() drops a NaN; a file that gives one must not pass.
         self.largest = found if math.isnan(found) or math.isnan(self.largest) else max(self.largest, found)
-        self.divergence += float((ours.exp() * (ours - theirs)).sum())
+        ours, theirs = ours.double(), theirs.double()
+        # The second half is 0 for whole distributions; it keeps the sum positive for rounded or cut ones.
+        self.divergence += float((ours.exp() * (ours - theirs) + theirs.exp() - ours.exp()).sum())
         self.positions += ours.numel() // ours.shape[-1]
 
     @property
     def mean_kl(self) -> float:
-        # Rounding makes the sum of nothing slightly negative.
-        return max(self.divergence / max(self.positions, 1), 0.0)
+        return self.divergence / max(self.positions, 1)
 
 
 @dataclass
@@ -84,6 +85,12 @@ class Comparison:
         if self.same_template is not None:
             text += f"; chat template {words[self.same_template]}"
         return f"{text}; {self.note}" if self.note else text
+
+
+def check_fits(tokenizer: BPETokenizer, vocab_size: int) -> None:
+    """ValueError when the tokenizer gives ids that a model with `vocab_size` rows does not have."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size} rows: they do not belong together")
 
 
 def probe_rows(tokenizer: BPETokenizer, context: int) -> list[list[int]]:
@@ -121,4 +128,4 @@ def same_greedy(model: SmartHaoAI, ids: list[int], theirs: list[int], stops: Col
     return True
 
 
-__all__ = ["PROBE_TEXTS", "GREEDY_TOKENS", "Comparison", "Difference", "greedy", "log_probs", "probe_rows", "same_greedy"]
+__all__ = ["PROBE_TEXTS", "GREEDY_TOKENS", "Comparison", "Difference", "check_fits", "greedy", "log_probs", "probe_rows", "same_greedy"]

@@ -12,10 +12,10 @@ import torch
 
 from model.chat_template import STORED_TEMPLATE
 from model.checkpoint import find_model, load_pretrained
+from model.token_text import steps
 from model.tokenizer import BPETokenizer
 from tools.convert.compare import GREEDY_TOKENS, PROBE_TEXTS, Comparison, Difference, log_probs, probe_rows, same_greedy
 from tools.convert.gguf_names import exported_context
-from tools.convert.gguf_tokenizer import steps
 from tools.convert.llama_server import LlamaServer, installed
 
 if TYPE_CHECKING:
@@ -85,12 +85,14 @@ def check_gguf(folder: str | Path, out_file: str | Path) -> Comparison | None:
         different = [text for text in PROBE_TEXTS if not _same_ids(server, tokenizer, text)]
         rows = [row for row in probe_rows(tokenizer, context - 1) if row]
         difference = _compare_log_probs(server, model, rows)
-        prompts = [row[: context // 2] for row in rows[:3]]
+        # Prompt and continuation stay within the file's context: a windowed model computes something else beyond its window.
+        longest = min(context // 2, context - GREEDY_TOKENS - 1)
+        prompts = [row[:longest] for row in rows[:3]] if longest > 0 else []
         equal = all(same_greedy(model, row, server.greedy(row, GREEDY_TOKENS), tokenizer.stop_ids) for row in prompts)
         same_template = _same_template(server, tokenizer) if tokenizer.chat_template else None
     note = f"token ids differ on {', '.join(repr(text[:20]) for text in different[:3])}" if different else ""
     found, positions = difference.largest, difference.positions
-    return Comparison(runtime, found, positions, not different, equal, same_template, note, difference.mean_kl)
+    return Comparison(runtime, found, positions, not different, equal if prompts else None, same_template, note, difference.mean_kl)
 
 
 def _same_ids(server: LlamaServer, tokenizer: BPETokenizer, text: str) -> bool:

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.attention import rotary_frequencies
 from model.checkpoint import find_model, load_pretrained, model_type, portability_notes, weights_to_disk
 from model.config import HaoAIConfig
-from model.files import TEMPORARY_SUFFIX, sync
+from model.files import sync, temporary_name
 from model.tokenizer import BPETokenizer
 from tools.convert.gguf_check import check_gguf
+from tools.convert.gguf_file import require_gguf
 from tools.convert.gguf_names import (
     ARCHITECTURES,
     BLOCK_TENSORS,
@@ -58,7 +60,7 @@ def export_gguf(folder: str | Path, out_file: str | Path, dtype: str = "f32", lo
 
     dtype: f32, f16, bf16, q8_0 or q4_0. Raises ValueError for what GGUF or llama.cpp cannot express.
     """
-    gguf = _import_gguf()
+    gguf = require_gguf()
     if dtype not in FILE_TYPES:
         raise ValueError(f"dtype={dtype!r} is not a type of this export; known: {', '.join(FILE_TYPES)}")
     folder, out_file = find_model(folder), Path(out_file)
@@ -70,7 +72,7 @@ def export_gguf(folder: str | Path, out_file: str | Path, dtype: str = "f32", lo
     entries = list(_entries(weights_to_disk(model.state_dict(), config), config))
     arch = ARCHITECTURES[model_type(config)]
     out_file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_file.with_name(f"{out_file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(out_file)
     writer = gguf.GGUFWriter(temporary, arch)
     try:
         writer.add_type("model")
@@ -83,6 +85,8 @@ def export_gguf(folder: str | Path, out_file: str | Path, dtype: str = "f32", lo
         writer.close()
         sync(temporary)
         os.replace(temporary, out_file)
+    except OSError as error:  # numpy counts bytes and names no file
+        raise OSError(f"{out_file} could not be written: {error}") from error
     finally:
         writer.close()
         temporary.unlink(missing_ok=True)
@@ -104,10 +108,9 @@ def check_expressible(config: HaoAIConfig) -> None:
     if kind == "qwen2" and config.n_head * config.head_size != config.n_embd:
         problems.append(f"head_dim={config.head_size}: llama.cpp wants n_head * head_dim = n_embd in the architecture qwen2")
     scaling = config.rope_scaling or {}
-    rope = scaling.get("rope_type", scaling.get("type"))
-    if rope == "llama3" and ARCHITECTURES[kind] != "llama":
+    if config.rope_type == "llama3" and ARCHITECTURES[kind] != "llama":
         problems.append(f"rope_scaling rope_type=llama3: llama.cpp has it for the architecture llama only, not for {kind}")
-    if rope == "yarn":
+    if config.rope_type == "yarn":
         if not scaling.get("truncate", True):
             problems.append("rope_scaling truncate=false: llama.cpp always truncates YaRN's range")
         for field, usual in (("beta_fast", 32), ("beta_slow", 1)):
@@ -145,7 +148,7 @@ def _write_shape(writer: Any, arch: str, config: HaoAIConfig, log: Log) -> None:
             writer.add_expert_feed_forward_length(width)
     writer.add_feed_forward_length(width)
     scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
+    kind = config.rope_type
     if kind not in ("linear", "yarn"):
         return
     factor = float(scaling["factor"])
@@ -185,8 +188,7 @@ def _entries(weights: dict[str, Tensor], config: HaoAIConfig) -> Iterator[Entry]
         yield _entry(block + BLOCK_TENSORS[part], tensor)
     for name, stack in experts.items():
         yield Entry(name, (len(stack), *stack[0].shape), lambda stack=stack: torch.stack(stack))  # type: ignore[misc]
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type", scaling.get("type")) == "llama3":
+    if config.rope_type == "llama3":
         yield _entry(ROPE_FACTORS_TENSOR, llama3_factors(rotary_frequencies(config)[0], config.rope_theta))
 
 
@@ -207,17 +209,15 @@ def _storage_type(entry: Entry, dtype: str) -> str:
 
 def _write_tensors(writer: Any, entries: list[Entry], dtype: str, log: Log) -> None:
     """Table of tensors first, then their values one at a time, so that only one is converted in memory."""
-    gguf = _import_gguf()
-    import numpy
-
+    gguf = require_gguf()
     types = {entry.name: gguf.GGMLQuantizationType[_storage_type(entry, dtype).upper()] for entry in entries}
     for entry in entries:
         kind = types[entry.name]
         if kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor_info(entry.name, entry.shape, numpy.dtype("float32"), 4 * math.prod(entry.shape))
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype("float32"), 4 * math.prod(entry.shape))
         else:
             stored = gguf.quants.quant_shape_to_byte_shape(entry.shape, kind)
-            writer.add_tensor_info(entry.name, stored, numpy.dtype("uint8"), math.prod(stored), raw_dtype=kind)
+            writer.add_tensor_info(entry.name, stored, np.dtype("uint8"), math.prod(stored), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -226,7 +226,7 @@ def _write_tensors(writer: Any, entries: list[Entry], dtype: str, log: Log) -> N
         if types[entry.name] == gguf.GGMLQuantizationType.F16 and values.abs().max() > LARGEST_F16:
             raise ValueError(f"{entry.name} holds {values.abs().max():.3g}, more than F16 can: export as bf16 or f32")
         data = gguf.quants.quantize(values.numpy(), types[entry.name])
-        writer.write_tensor_data(data.view(numpy.uint8) if types[entry.name] == gguf.GGMLQuantizationType.F16 else data)
+        writer.write_tensor_data(data.view(np.uint8) if types[entry.name] == gguf.GGMLQuantizationType.F16 else data)
     counts: dict[str, int] = {}
     for kind in types.values():
         counts[kind.name] = counts.get(kind.name, 0) + 1
@@ -234,14 +234,6 @@ def _write_tensors(writer: Any, entries: list[Entry], dtype: str, log: Log) -> N
     odd = [entry.name for entry in entries if dtype in ("q8_0", "q4_0") and types[entry.name].name == "F16"]
     if odd:
         log(f"note: {len(odd)} tensors stay F16, their rows are no multiple of {BLOCK} ({', '.join(odd[:3])} ...)")
-
-
-def _import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError('GGUF files need the package gguf: pip install -e ".[export]"') from error
-    return gguf
 
 
 __all__ = ["FILE_TYPES", "check_expressible", "check_gguf", "export_gguf"]

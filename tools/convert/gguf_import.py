@@ -25,10 +25,18 @@ from model.files import atomic_directory
 from model.transformer import SmartHaoAI
 from tools.convert.gguf_file import GGUFFile
 from tools.convert.gguf_import_tokenizer import tokenizer_from_gguf
-from tools.convert.gguf_names import BLOCK_TENSORS, EXPERT_TENSORS, MODEL_TENSORS, ROPE_FACTORS_TENSOR, llama3_factors, unpermute_rows
+from tools.convert.gguf_names import (
+    ARCHITECTURES,
+    BLOCK_TENSORS,
+    EXPERT_TENSORS,
+    MODEL_TENSORS,
+    ROPE_FACTORS_TENSOR,
+    llama3_factors,
+    unpermute_rows,
+)
+from tools.convert.hf_export import DTYPES
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+KNOWN = tuple(dict.fromkeys(ARCHITECTURES.values()))
 ROPE_TOLERANCE = 2e-6  # relative: frequencies are stored and computed in fp32
 LLAMA3_BANDS = (1.0, 4.0)  # low_freq_factor and high_freq_factor of every published model
 LLAMA3_CONTEXT = 8192
@@ -93,8 +101,8 @@ def import_gguf(
 def config_from_gguf(file: GGUFFile) -> HaoAIConfig:
     """The shape of the model. ValueError names a key that is missing or asks for what this code base does not compute."""
     arch = file.text("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"{file.path}: the architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if arch not in KNOWN:
+        raise ValueError(f"{file.path}: the architecture {arch!r} is not supported; supported: {', '.join(KNOWN)}")
     _refuse_variants(file, arch)
     width, heads = file.integer(f"{arch}.embedding_length"), file.integer(f"{arch}.attention.head_count")
     embedding = file.tensors.get("token_embd.weight")
@@ -287,7 +295,6 @@ class GGUFWeights:
                     self._places[f"model.layers.{layer[1]}.{folder}.experts.{index}.{expert[layer[2]]}"] = (name, index)
             else:
                 raise ValueError(f"{source.path}: the tensor {name} {list(stored.shape)} has no place in the architecture {arch}")
-
         self._check(config)
 
     def _check(self, config: HaoAIConfig) -> None:
@@ -320,4 +327,4 @@ class GGUFWeights:
         return tensor if heads is None else unpermute_rows(tensor, heads)
 
 
-__all__ = ["ARCHITECTURES", "DTYPES", "GGUFWeights", "config_from_gguf", "import_gguf"]
+__all__ = ["GGUFWeights", "config_from_gguf", "import_gguf"]

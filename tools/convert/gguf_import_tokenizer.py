@@ -13,12 +13,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from model.token_names import DOCUMENT_ENDS, TokenNames
+from model.token_text import SPACE
 from model.tokenizer import BPETokenizer
 from tools.convert.gguf_file import GGUFFile
-from tools.convert.gguf_names import KNOWN_STOPS, PRE_TOKENIZERS
+from tools.convert.gguf_names import CONTROL, KNOWN_STOPS, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED, missing_bytes
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens, tokenizer.ggml.token_type
-SPACE = "▁"  # how SentencePiece writes a space
 # Other names of `tokenizer.ggml.pre` for a way to cut text in PRE_TOKENIZERS.
 SAME_PRE = {
     "llama3": "llama-bpe",
@@ -160,7 +159,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     scores = file.items("tokenizer.ggml.scores", (int, float))
     if len(scores) < len(vocabulary.tokens):
         raise ValueError(f"{file.path}: {len(vocabulary.tokens)} tokens, but {len(scores)} entries in tokenizer.ggml.scores")
-    missing = [name for name in (f"<0x{byte:02X}>" for byte in range(256)) if name not in set(vocabulary.tokens)]
+    missing = missing_bytes(vocabulary.tokens)
     if missing:
         raise ValueError(f"{file.path}: a SentencePiece tokenizer needs all byte tokens; missing: {', '.join(missing[:4])}")
     backend = _bpe(

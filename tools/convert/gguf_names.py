@@ -6,12 +6,14 @@ GGUF stores with the axes reversed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.config import HaoAIConfig
+from model.token_text import BYTES
 
 # model_type of transformers -> general.architecture. Mistral and Mixtral are spellings of llama there.
 ARCHITECTURES = {
@@ -84,6 +86,12 @@ def llama3_factors(inverse_frequency: Tensor, theta: float) -> Tensor:
     return (plain / inverse_frequency.double()).float()
 
 
+def missing_bytes(tokens: Iterable[str]) -> list[str]:
+    """The byte tokens that a SentencePiece vocabulary lacks."""
+    present = set(tokens)
+    return [name for name in BYTE_TOKENS if name not in present]
+
+
 def exported_context(config: HaoAIConfig) -> int:
     """Tokens up to which llama.cpp, which ignores sliding windows, computes the same: the smallest window, or the whole context."""
     windows = [config.layer_window(layer) for layer in range(config.n_layer)]
@@ -137,6 +145,9 @@ PRE_TOKENIZERS = {
 
 # Pre-tokenizers that llama.cpp itself only approximates.
 INEXACT = {"tekken": "llama.cpp cuts words with accents or combining marks differently, so that their ids may differ there"}
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens, tokenizer.ggml.token_type
+BYTE_TOKENS = dict.fromkeys(f"<0x{byte:02X}>" for byte in range(BYTES))  # SentencePiece's, in order
 
 # Tokens at which llama.cpp ends a reply by their names alone, whatever the file declares.
 KNOWN_STOPS = frozenset({"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|eom_id|>"})

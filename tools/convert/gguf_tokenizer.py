@@ -7,20 +7,30 @@ that none of them describes is refused here, because its text would silently bec
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tools.convert.gguf_names import GPT2_PATTERN, INEXACT, KNOWN_STOPS, PRE_TOKENIZERS
+from model.chat_template import without_generation_marks
+from model.token_text import SPACE, steps
+from tools.convert.compare import check_fits
+from tools.convert.gguf_names import (
+    BYTE,
+    BYTE_TOKENS,
+    CONTROL,
+    GPT2_PATTERN,
+    INEXACT,
+    KNOWN_STOPS,
+    NORMAL,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    missing_bytes,
+)
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens, tokenizer.ggml.token_type
-SPACE = "▁"  # how SentencePiece writes a space
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_GENERATION_MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
 @dataclass
@@ -68,8 +78,7 @@ def gguf_tokenizer(tokenizer: BPETokenizer, vocab_size: int, log: Callable[[str]
     data = json.loads(tokenizer.backend.to_str())
     if data["model"].get("type") != "BPE":
         raise ValueError(f"the tokenizer is a {data['model'].get('type')} model; GGUF export knows BPE")
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size} rows: they do not belong together")
+    check_fits(tokenizer, vocab_size)
     tokens, kinds = _tokens(data, vocab_size)
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["model"]["merges"]]
     joined: list[str] | None = None
@@ -81,8 +90,10 @@ def gguf_tokenizer(tokenizer: BPETokenizer, vocab_size: int, log: Callable[[str]
     else:
         kind, pre, prefix = "llama", "default", _space_prefix(data, log)
         scores = _scores(data, merges, vocab_size)
-        kinds = [BYTE if k == NORMAL and _BYTE_TOKEN.fullmatch(t) else k for t, k in zip(tokens, kinds, strict=True)]
-        _require_bytes(tokens)
+        kinds = [BYTE if k == NORMAL and t in BYTE_TOKENS else k for t, k in zip(tokens, kinds, strict=True)]
+        missing = missing_bytes(tokens)
+        if missing:
+            raise ValueError(f"a SentencePiece tokenizer needs all byte tokens in GGUF; missing: {', '.join(missing[:4])}")
     ids = _special_ids(tokenizer, data, tokens, log)
     if "unk" in ids and kind == "llama":
         kinds[ids["unk"]] = UNKNOWN
@@ -98,7 +109,7 @@ def gguf_tokenizer(tokenizer: BPETokenizer, vocab_size: int, log: Callable[[str]
         ids,
         add_bos=len(marked) > 1 and marked[0] == tokenizer.bos_token_id,
         add_eos=len(marked) > 1 and marked[-1] == tokenizer.eos_token_id,
-        chat_template=_GENERATION_MARK.sub("", tokenizer.chat_template),
+        chat_template=without_generation_marks(tokenizer.chat_template),
     )
 
 
@@ -119,16 +130,6 @@ def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
                 name = f"[{name}]"
         names.append(name)
     return names, kinds
-
-
-def steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A normaliser or pre-tokenizer of tokenizer.json as a flat list."""
-    if node is None:
-        return []
-    if node["type"] == "Sequence":
-        inner = node.get("pretokenizers") or node.get("normalizers") or []
-        return [step for child in inner for step in steps(child)]
-    return [node]
 
 
 def _is_byte_level(data: dict[str, Any]) -> bool:
@@ -217,13 +218,7 @@ def _scores(data: dict[str, Any], merges: list[tuple[str, ...]], vocab_size: int
 
 
 def _has_bytes(token: str, pair: tuple[str, str]) -> bool:
-    return any(_BYTE_TOKEN.fullmatch(part) for part in (token, *pair))
-
-
-def _require_bytes(tokens: list[str]) -> None:
-    missing = [name for name in (f"<0x{byte:02X}>" for byte in range(256)) if name not in set(tokens)]
-    if missing:
-        raise ValueError(f"a SentencePiece tokenizer needs all byte tokens in GGUF; missing: {', '.join(missing[:4])}")
+    return any(part in BYTE_TOKENS for part in (token, *pair))
 
 
 def _special_ids(tokenizer: BPETokenizer, data: dict[str, Any], tokens: list[str], log: Callable[[str], None]) -> dict[str, int]:

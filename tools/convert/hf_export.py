@@ -21,7 +21,7 @@ from model.checkpoint import (
 )
 from model.files import atomic_directory
 from model.tokenizer import BPETokenizer
-from tools.convert.compare import GREEDY_TOKENS, PROBE_TEXTS, Comparison, Difference, log_probs, probe_rows, same_greedy
+from tools.convert.compare import GREEDY_TOKENS, PROBE_TEXTS, Comparison, Difference, check_fits, log_probs, probe_rows, same_greedy
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 BESIDE = (GENERATION_FILE, "README.md", "LICENSE")  # taken over as they are
@@ -56,6 +56,7 @@ def export_hf(
     if model_type(config) == "haoai":
         raise ValueError(f"{folder} has no architecture in transformers: {'; '.join(portability_notes(config))}")
     model, tokenizer = load_pretrained(folder), BPETokenizer.from_pretrained(folder)
+    check_fits(tokenizer, config.vocab_size)
     with atomic_directory(out_dir) as partial:
         save_pretrained(model, partial, tokenizer, DTYPES[dtype], max_shard_bytes)
         for name in BESIDE:
@@ -63,7 +64,8 @@ def export_hf(
                 shutil.copyfile(folder / name, partial / name)
     files = sorted(out_dir.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    log(f"wrote {out_dir} ({size / 2**20:.1f} MiB of weights in {len(files)} file{'s'[: len(files) > 1]}, {model_type(config)}, {dtype})")
+    count = f"{len(files)} files" if len(files) > 1 else "1 file"
+    log(f"wrote {out_dir} ({size / 2**20:.1f} MiB of weights in {count}, {model_type(config)}, {dtype})")
     return out_dir
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from inference.sampling import SamplingSettings
-from model.checkpoint import GENERATION_FILE, find_model, load_config
+from inference.session import preset_settings
+from model.checkpoint import find_model, load_config
 from model.files import atomic_directory, atomic_write_text
 from model.tokenizer import BPETokenizer
 from tools.convert.compare import Comparison
@@ -315,7 +316,7 @@ def modelfile(folder: Path, tokenizer: BPETokenizer, template: str | None, reaso
     from tools.convert.gguf_names import exported_context
 
     config = load_config(folder)
-    settings = {**asdict(SamplingSettings()), **_stored_settings(folder)}
+    settings = {**asdict(SamplingSettings()), **preset_settings(folder)}
     lines = ["# ollama create NAME -f Modelfile; the template needs Ollama 0.9 or newer", f"FROM ./{MODEL_FILE}", ""]
     if template is None:
         lines.append(f"# No TEMPLATE: {reason}.")
@@ -329,25 +330,9 @@ def modelfile(folder: Path, tokenizer: BPETokenizer, template: str | None, reaso
     return "\n".join(lines) + "\n"
 
 
-def _stored_settings(folder: Path) -> dict[str, Any]:
-    file = folder / GENERATION_FILE
-    if not file.is_file():
-        return {}
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(stored).__name__}")
-    known = {name: stored[name] for name in SAMPLING if stored.get(name) is not None}
-    # transformers decodes greedily unless the file asks for sampling; files without the word mean to sample with what they name.
-    return {**known, "temperature": 0.0} if stored.get("do_sample") is False else known
-
-
 def stop_texts(tokenizer: BPETokenizer) -> list[str]:
     """The tokens that end a reply, as text, each once."""
-    given = getattr(tokenizer, "stop_ids", None) or [tokenizer.eos_token_id, tokenizer.document_end_id]
-    names = [tokenizer.backend.id_to_token(token_id) for token_id in given]
+    names = [tokenizer.backend.id_to_token(token_id) for token_id in tokenizer.stop_ids]
     return list(dict.fromkeys(name for name in names if name))
 
 
