@@ -259,7 +259,7 @@ def test_killed_and_run_again(victim: str, config_file: Path, tmp_path: Path) ->
     first = start()
     checkpoints = tmp_path / "out" / "baseline" / "seed_0" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step_*/state.json")) and time.monotonic() < deadline:
+    while not list(checkpoints.glob("step_??????/state.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     if victim == "training":
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text(encoding="utf-8").split()
