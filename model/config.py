@@ -17,6 +17,18 @@ from typing import Any
 from model.account import Account
 
 ROPE_SCALING_TYPES = ("linear", "yarn", "llama3")
+SWITCHES = (
+    "qk_norm",
+    "attention_bias",
+    "tie_word_embeddings",
+    "use_cache",
+    "use_sliding_window",
+    "norm_topk_prob",
+    "residual_scale",
+    "value_residual",
+    "value_embedding",
+    "use_reasoning",
+)
 CHOICES = {
     "attention_gate": ("none", "head", "element"),
     "attention_temperature": ("none", "query", "length"),
@@ -196,7 +208,7 @@ class HaoAIConfig:
         for name in ("n_layer", "n_expert"):
             if isinstance(getattr(self, name), int) and getattr(self, name) > MOST_PARTS:
                 raise ValueError(f"{name}={getattr(self, name)} is more than any model has (at most {MOST_PARTS:,})")
-        for name in ("qk_norm", "attention_bias", "tie_word_embeddings", "use_cache", "use_sliding_window", "norm_topk_prob"):
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.n_head % self.kv_heads:

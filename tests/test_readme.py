@@ -38,6 +38,7 @@ FASTER = {
     "train.train_pretrain": ["train.max_steps=5", "train.batch_size=2", "model.n_layer=2", "train.eval_tokens=500"],
     "train.train_sft": ["train.max_steps=5", "train.batch_size=2", "train.eval_tokens=500"],
     "tools.evaluate": ["--device", "cpu"],
+    "tools.ablate": ["train.max_steps=4", "seeds=[0]", "baseline_lengths=[]", "time_rounds=1"],
     "chat.py": ["--max-new-tokens", "20"],
 }
 

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").strip()
     if "-h" in words or "--help" in words:
         print(f"{description}\n\n{help_text(AblationConfig)}")
-        return 0
+        raise SystemExit(0)
     parser = argparse.ArgumentParser(prog="python -m tools.ablate", add_help=False)
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value")
