@@ -201,7 +201,8 @@ def build_model(
     from model.transformer import SmartHaoAI
 
     without = dataclasses.replace(config, **{name: getattr(HaoAIConfig(), name) for name in new_parts})
-    _check_weights(without if new_parts else config, source)  # before a wrong size in config.json asks for memory
+    stored = without if new_parts else config
+    names = _check_weights(stored, source)  # before a wrong size in config.json asks for memory
     with torch.device("meta"):
         model = SmartHaoAI(config)
     model.to(dtype).to_empty(device=device)  # addresses only: memory is taken when a tensor is copied
@@ -209,7 +210,7 @@ def build_model(
     for part, name in (("deep_supervision", "auxiliary"), ("use_reasoning", "reasoning")):
         if part in new_parts:
             setattr(model, name, model.initialised(type(getattr(model, name))(config)).to(device, dtype))
-    _copy_weights(model, source)
+    _copy_weights(model, source, names, model_type(stored))
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # not a weight: computed, and always fp32
             module.reset(config, device)
@@ -218,17 +219,15 @@ def build_model(
 
 def fill(model: SmartHaoAI, source: WeightSource) -> None:
     """Copy the weights of `source` into the model, tensor by tensor. Raises ValueError where they do not fit."""
-    _check_weights(model.config, source)
-    _copy_weights(model, source)
+    _copy_weights(model, source, _check_weights(model.config, source), model_type(model.config))
 
 
 @torch.no_grad()
-def _copy_weights(model: SmartHaoAI, source: WeightSource) -> None:
-    there = source.shapes()
-    for name, place in weights_to_disk(model.state_dict(), model.config).items():
-        if name not in there:
-            continue  # it was checked to belong to a part that is new
-        tensor = source.tensor(name)
+def _copy_weights(model: SmartHaoAI, source: WeightSource, names: Collection[str], kind: str) -> None:
+    """Copy the tensors `names`, which are those of a model of model_type `kind`; what the model has beyond them is left as it is."""
+    places = weights_to_disk(model.state_dict(), model.config, kind)
+    for name in names:
+        place, tensor = places[name], source.tensor(name)
         if tensor.dtype not in FLOATS:  # 8-bit weights mean nothing without their scales
             raise ValueError(
                 f"{source.file}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is no plain number type"
@@ -348,11 +347,11 @@ def find_model(path: str | Path) -> Path:
 # --------------------------------------------------------------------------------------- names of tensors
 
 
-def weights_to_disk(state: Mapping[str, Tensor], config: HaoAIConfig) -> dict[str, Tensor]:
-    """Our state dict under transformers' key names. Fused matrices are split into views: what is written into a view is written into
-    the model, so this one table serves saving and loading."""
+def weights_to_disk(state: Mapping[str, Tensor], config: HaoAIConfig, kind: str | None = None) -> dict[str, Tensor]:
+    """Our state dict under the key names of `kind`, a model_type (None: the config's own). Fused matrices are split into views: what is
+    written into a view is written into the model, so this one table serves saving and loading."""
     heads, latent_heads = _rows_of_heads(config), _rows_of_heads(config.reasoning_shape if config.use_reasoning else config)
-    mixtral = model_type(config) == "mixtral"
+    mixtral = (kind or model_type(config)) == "mixtral"
     disk: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = name if name.startswith("lm_head.") else f"model.{name}"
@@ -390,7 +389,8 @@ def _split_experts(name: str, tensor: Tensor, mixtral: bool) -> dict[str, Tensor
     return disk
 
 
-def _check_weights(config: HaoAIConfig, source: WeightSource) -> None:
+def _check_weights(config: HaoAIConfig, source: WeightSource) -> list[str]:
+    """Names of the tensors that a model of `config` needs. Raises ValueError when the source has others, or of another shape."""
     from model.transformer import SmartHaoAI
 
     asked, held = config.account().parameters, sum(math.prod(shape) for shape in source.shapes().values())
@@ -410,6 +410,7 @@ def _check_weights(config: HaoAIConfig, source: WeightSource) -> None:
     for name, shape in expected.items():
         if found[name] != shape:
             raise ValueError(f"{source.file}: {name} has shape {list(found[name])}, config.json asks for {list(shape)}")
+    return list(expected)
 
 
 def _some(names: list[str]) -> str:

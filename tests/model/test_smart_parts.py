@@ -242,6 +242,18 @@ def test_saved_and_loaded_is_the_same(seed: int, fields: dict[str, Any]) -> None
         assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_part_is_added_to_a_model_whose_files_have_other_names(tmp_path: Path) -> None:
+    """Guards: experts stored under mixtral's names and looked for under our own, so that they stay whatever the memory held."""
+    model = build(3, {"n_expert": 4, "qk_norm": False})
+    assert model_type(model.config) == "mixtral"
+    ids = ids_for(model, 2, 13)
+    save_pretrained(model, tmp_path)
+    larger = SmartHaoAI.from_pretrained(tmp_path, attention_gate="head")
+    assert model_type(larger.config) == "haoai"
+    assert_same(logits_of(larger, ids), logits_of(model, ids))
+    assert all(torch.equal(larger.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @given(seed=SEEDS, fields=shapes(), added=st.lists(st.sampled_from([*PARTS, *TRAINING_ONLY]), min_size=1, unique=True))
 @hypothesis_settings(max_examples=25, deadline=None)
 def test_switching_parts_on_changes_nothing(seed: int, fields: dict[str, Any], added: list[str]) -> None:
