@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -159,6 +160,8 @@ def terminal(folder):
             timeout=60,
             env=environment(folder, **changes),
             dimensions=(30, 120),
+            # A job that a shell runs in the background ignores Ctrl-C, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         children.append(child)
         child.expect("/help lists the commands")
