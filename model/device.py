@@ -14,7 +14,7 @@ def find_device(wanted: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs from build to build
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise ValueError(f"device {str(wanted)!r} cannot be used here ({reason}); try cpu") from error
     return device

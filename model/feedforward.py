@@ -142,10 +142,15 @@ def z_loss(layers: list[Routing]) -> Tensor:
 def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """rows (R, I), of which the first counts[0] belong to expert 0 and so on, times weights (E, O, I): (R, O)."""
     if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and kernel_fits(weights):
-        return F.grouped_mm(rows, weights.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+        return kernel_product(rows, weights, counts)
     # One product an expert; an expert without rows costs nothing where nothing is learned.
     pairs = list(zip(rows.split(counts.tolist()), weights.unbind(0), strict=True))
     return torch.cat([F.linear(part, weight) for part, weight in pairs if torch.is_grad_enabled() or len(part)])
+
+
+def kernel_product(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear` by torch's grouped kernel (torch 2.10 and newer): one launch, and no wait for the counts."""
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
 
 
 def kernel_fits(weights: Tensor) -> bool:

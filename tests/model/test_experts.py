@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from model import HaoAIConfig, SmartHaoAI
 from model.cache import KVCache
-from model.feedforward import MixtureOfExperts, Routing, balance_loss, grouped_linear, kernel_fits, z_loss
+from model.feedforward import MixtureOfExperts, Routing, balance_loss, grouped_linear, kernel_fits, kernel_product, z_loss
 from model.transformer import pad_left
 
 SPARSE: dict[str, Any] = {"n_expert": 5, "n_expert_per_token": 2, "moe_intermediate_size": 24}
@@ -326,8 +326,7 @@ def test_grouped_product_equals_the_loop(counts: list[int], seed: int) -> None:
     weights = torch.randn(4, 24, 16).bfloat16().requires_grad_()
     sizes, weight = torch.tensor(counts), torch.randn(11, 24).bfloat16()
     loop = grouped_linear(rows, weights, sizes)
-    # The same words as in `grouped_linear`, which takes this path for bf16 on CUDA.
-    kernel = F.grouped_mm(rows, weights.transpose(1, 2), offs=sizes.cumsum(0).to(torch.int32))
+    kernel = kernel_product(rows, weights, sizes)
     torch.testing.assert_close(kernel, loop, rtol=0.02, atol=0.02)
     for a, b in zip(
         torch.autograd.grad((kernel * weight).sum(), [rows, weights]),
@@ -346,7 +345,7 @@ def test_sizes_that_the_kernel_refuses_are_known(outputs: int, inputs: int) -> N
     rows = torch.randn(5, inputs).bfloat16().requires_grad_()
     weights = torch.randn(2, outputs, inputs).bfloat16().requires_grad_()
     with pytest.raises(RuntimeError, match="16 bytes"):
-        products = F.grouped_mm(rows, weights.transpose(1, 2), offs=torch.tensor([2, 5], dtype=torch.int32))
+        products = kernel_product(rows, weights, torch.tensor([2, 3]))
         products.backward(torch.ones(5, outputs).bfloat16())
 
 
