@@ -20,13 +20,15 @@ from typing import Any
 
 from inference.chat_texts import TEXTS
 from inference.session import ChatSession
+from model.adapter_files import is_adapter
 from model.files import atomic_write_text
 from train.runtime import run_main
 
 WEIGHTS = Path("weight")
 THINKING: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
 BARE_WORDS = ("clear", "quit", "stream", "help")
-COMMANDS = ("/help", "/stream", "/clear", "/system", "/thinking", "/save", "/load", "/quit")
+COMMANDS = ("/help", "/stream", "/clear", "/system", "/thinking", "/adapter", "/save", "/load", "/quit")
+NO_ADAPTER = "off"
 # What a terminal would obey instead of show: a model's answer must not move the cursor or rename the window.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -46,16 +48,21 @@ def newest_stage(weights: Path = WEIGHTS) -> Path | None:
     """The finished model directory to talk to: the newest stage after pretraining, else the newest pretraining."""
     found = [
         file.parent
-        for file in weights.glob("*/model.safetensors")
-        if (file.parent / "config.json").is_file()
+        for file in weights.glob("*/*model.safetensors")
+        if ((file.parent / "config.json").is_file() or is_adapter(file.parent))
         and not file.parent.name.startswith((".", "reward"))
         and not file.parent.name.endswith((".tmp", ".old"))
     ]
 
     def rank(folder: Path) -> tuple[bool, float]:
-        return not folder.name.startswith("pretrain"), (folder / "model.safetensors").stat().st_mtime
+        return not folder.name.startswith("pretrain"), max(file.stat().st_mtime for file in folder.glob("*model.safetensors"))
 
     return max(found, key=rank, default=None)
+
+
+def known_adapters(weights: Path = WEIGHTS) -> list[str]:
+    """Folders of adapters in weight/, whatever base they are for."""
+    return sorted(file.parent.as_posix() for file in weights.glob("*/adapter_config.json") if is_adapter(file.parent))
 
 
 class Console:
@@ -222,6 +229,8 @@ class Repl:
             self._system(argument)
         elif command == "/thinking":
             self._thinking(argument.lower())
+        elif command == "/adapter":
+            self._adapter(argument)
         elif command in ("/save", "/load"):
             self._file(command, argument)
         else:
@@ -251,6 +260,22 @@ class Repl:
             self.session.enable_thinking = THINKING[value]
         current = next(name for name, setting in THINKING.items() if setting is self.session.enable_thinking)
         self.console.notice("thinking_is", value=current)
+
+    def _adapter(self, name: str) -> None:
+        """Show the adapter in use, or switch: a folder, the name of one in weight/, or off."""
+        console, session = self.console, self.session
+        if name:
+            path = Path(name).expanduser()
+            try:
+                session.use_adapter(None if name == NO_ADAPTER else path if path.exists() else WEIGHTS / name)
+            except FileNotFoundError as error:
+                known = " ".join([*known_adapters(), NO_ADAPTER])
+                self._fail(console.text("adapter_missing", reason=error, known=known))
+                return
+            except ValueError as error:
+                self._fail(str(error))
+                return
+        console.notice("adapter_is", name=session.adapter or NO_ADAPTER, known=" ".join([*known_adapters(), NO_ADAPTER]))
 
     def _file(self, command: str, name: str) -> None:
         if not name:

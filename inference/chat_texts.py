@@ -67,6 +67,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "system_off": ("系统提示词已取消。", "The system text is removed."),
     "thinking_is": ("思考：{value}（可选 auto、on、off）", "thinking: {value} (choose auto, on or off)"),
     "thinking_bad": ("/thinking 只接受 auto、on、off，而不是 {value}", "/thinking takes auto, on or off, not {value}"),
+    "adapter_is": ("适配器：{name}（可选 {known}，或任意目录）", "adapter: {name} (choose {known}, or any folder)"),
+    "adapter_missing": ("{reason}。可用的适配器：{known}", "{reason}. Known adapters: {known}"),
     "file_missing": ("请写出文件名：{command} 文件", "name a file: {command} FILE"),
     "saved": ("已保存 {count} 条消息到 {path}", "saved {count} messages to {path}"),
     "foreign": (
@@ -85,6 +87,7 @@ TEXTS: dict[str, tuple[str, str]] = {
   /clear           清空对话
   /system [文字]   查看或设置系统提示词；/system clear 取消
   /thinking [模式] 查看或设置思考：auto、on、off
+  /adapter [名称]  查看或切换 LoRA 适配器；/adapter off 只用模型本身
   /save 文件       保存对话（JSON）
   /load 文件       载入对话
   /quit            退出
@@ -95,6 +98,7 @@ TEXTS: dict[str, tuple[str, str]] = {
   /clear            forget the conversation
   /system [TEXT]    show or set the system text; /system clear removes it
   /thinking [MODE]  show or set thinking: auto, on, off
+  /adapter [NAME]   show or switch the LoRA adapter; /adapter off: the model alone
   /save FILE        save the conversation (JSON)
   /load FILE        continue a saved conversation
   /quit             leave

@@ -20,8 +20,10 @@ import torch
 from inference.engine import Engine, PromptCache
 from inference.sampling import SamplingSettings
 from inference.text import THINK_OPEN, Channel, special_id, starts_in_reasoning
+from model.adapter_files import adapter_base, is_adapter, load_adapter
 from model.checkpoint import GENERATION_FILE, find_model
 from model.device import find_device
+from model.lora import Adapter, use_adapter
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 
@@ -76,6 +78,9 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.dropped_turns = 0
         self.last: Reply | None = None
+        self.adapter: str | None = None
+        """Folder of the LoRA adapter that answers; None: the model as it was loaded."""
+        self._adapters: dict[str, Adapter] = {}
         self._cache = PromptCache()
 
     @classmethod
@@ -96,9 +101,34 @@ class ChatSession:
             raise TypeError(f"ChatSession has no setting {', '.join(unknown)}; it knows {', '.join(known)}")
         folder = find_model(path)
         sampling = SamplingSettings(**{**preset_settings(folder), **settings})
-        model = SmartHaoAI.from_pretrained(folder, device=find_device(device), dtype=dtype)
+        # An adapter stays apart from its base, so that the session can go on with another or with none.
+        base = adapter_base(folder) if is_adapter(folder) else folder
+        model = SmartHaoAI.from_pretrained(base, device=find_device(device), dtype=dtype)
         model.eval()
-        return cls(model, BPETokenizer.from_pretrained(folder), system, enable_thinking, sampling)
+        has_tokenizer = (folder / "tokenizer.json").is_file()  # some adapters come without
+        session = cls(model, BPETokenizer.from_pretrained(folder if has_tokenizer else base), system, enable_thinking, sampling)
+        if base is not folder:
+            session.use_adapter(folder)
+        return session
+
+    def use_adapter(self, path: str | Path | None) -> None:
+        """Go on with the LoRA adapter in a folder, ours or PEFT's, in this conversation; None: with the model alone.
+
+        An adapter is read once; to switch back and forth costs nothing. FileNotFoundError, or ValueError when it was made for another base.
+        """
+        model = self.engine.model
+        assert isinstance(model, SmartHaoAI)
+        if path is None:
+            use_adapter(model, None)
+        else:
+            folder = find_model(path)
+            key = str(folder.resolve())
+            if key in self._adapters:
+                use_adapter(model, self._adapters[key])
+            else:
+                self._adapters[key] = load_adapter(model, folder)
+        self.adapter = None if path is None else Path(path).as_posix()
+        self._cache.clear()  # keys and values of what answered before
 
     def chat(self, text: str) -> str:
         """The answer to `text`, whole. Raises ValueError when the text alone is too long for the model's context."""

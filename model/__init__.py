@@ -6,6 +6,7 @@ from model.config import HaoAIConfig
 from model.feedforward import MixtureOfExperts, SmartFeedForward
 from model.output import ModelOutput
 from model.reasoning import ReasoningModule
+from model.reward import RewardModel
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI, SmartTransformerBlock
 
@@ -17,6 +18,7 @@ __all__ = [
     "ModelOutput",
     "RMSNorm",
     "ReasoningModule",
+    "RewardModel",
     "RotaryEmbedding",
     "SmartAttention",
     "SmartFeedForward",

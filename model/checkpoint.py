@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import NEUTRAL_PARTS, HaoAIConfig, added_parts
-from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, load_config, model_type, portability_notes
+from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, model_type, portability_notes, read_config
 from model.files import atomic_directory, atomic_write_text, recover_directory, sync, temporary_name
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ EXPERTS_END = "mlp.shared_expert.down_proj.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DAMAGED_CONFIG = 100  # times as many parameters as the file holds
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, computed here
+HEADS = {"lm_head.": "lm_head.", "score_head.": "score.", "value_head.": "value_head."}  # ours -> on disk, where all else is in "model."
+TRAINING_ONLY = ("auxiliary.", "value_head.")
 
 
 class WeightSource(Protocol):
@@ -66,12 +68,16 @@ def save_pretrained(
     """Write (or replace) the model files of `path`; other files that stand there are kept.
 
     Weights of more than `max_shard_bytes` are written in shards with an index. What only training needs is left out and learned
-    residual scales are folded into the matrices behind them, unless the model is to be trained on (`resumable`).
+    residual scales are folded into the matrices behind them, unless the model is to be trained on (`resumable`). Of a model with an
+    adapter in use only that is written (`model.lora.merge` makes one model of the two).
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+    shape, state = (model.config, dict(model.state_dict())) if resumable else finished(model)
+    reward = "score_head.weight" in state
+    if tokenizer is not None and not reward:
         generation = {
             "eos_token_id": tokenizer.stop_ids,
             "pad_token_id": tokenizer.pad_token_id,
@@ -83,16 +89,20 @@ def save_pretrained(
         if tokenizer.bos_token_id is not None:
             generation["bos_token_id"] = tokenizer.bos_token_id
         atomic_write_text(path / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
-    shape, state = (model.config, dict(model.state_dict())) if resumable else finished(model)
+    if model.adapter is not None:
+        from model.adapter_files import save_adapter
+
+        save_adapter(model, path, resumable)
+        return
     save_sharded(weights_to_disk(state, shape), path, dtype, max_shard_bytes)
-    config = config_to_disk(shape, tokenizer, dtype)
+    config = config_to_disk(shape, tokenizer, dtype, reward)
     atomic_write_text(path / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def finished(model: SmartHaoAI) -> tuple[HaoAIConfig, dict[str, Tensor]]:
     """Shape and state of the same model without its training-only heads, and with its residual scales folded."""
     config = dataclasses.replace(model.config, residual_scale=False, deep_supervision="none")
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("auxiliary.")}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
     for scale_name in [name for name in state if name.endswith(("attention_scale", "mlp_scale"))]:
         scale = state.pop(scale_name)
         block, _, branch = scale_name.rpartition(".")
@@ -140,21 +150,25 @@ def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
             old.unlink(missing_ok=True)
 
 
-def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata and
-    are returned."""
-    checksums = _write_weights(weights, temporary_name(file), dtype)
+def save_weights(
+    weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None, notes: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata, beside
+    `notes`, and are returned."""
+    checksums = _write_weights(weights, temporary_name(file), dtype, notes)
     os.replace(temporary_name(file), file)
     return checksums
 
 
-def _write_weights(weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> dict[str, int]:
+def _write_weights(
+    weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None, notes: Mapping[str, str] | None = None
+) -> dict[str, int]:
     tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     file.touch()
     mode = file.stat().st_mode  # what the user's umask asks for; safetensors makes files that only their owner can read
     try:
-        save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
+        save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums), **(notes or {})})
     except SafetensorError as error:  # a full disk
         raise OSError(f"{file} could not be written: {error}") from error
     file.chmod(mode)
@@ -169,9 +183,17 @@ def _checksum(tensor: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------- loading
 
 
-def load_pretrained(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **parts: Any) -> SmartHaoAI:
+def load_pretrained(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    make: type[SmartHaoAI] | None = None,
+    source: WeightSource | None = None,
+    **parts: Any,
+) -> SmartHaoAI:
     """Read a model directory. FileNotFoundError or ValueError say what is missing or does not fit.
 
+    make: the class, None for SmartHaoAI. source: the weights in the form that the class needs, None for those of the directory.
     parts: settings of NEUTRAL_PARTS to switch on in a model that was trained without them, with what belongs to them
     (PART_SETTINGS); it computes the same until it is trained.
     """
@@ -182,7 +204,7 @@ def load_pretrained(path: str | Path, device: str | torch.device = "cpu", dtype:
     if fixed:
         raise ValueError(f"{', '.join(fixed)} cannot be changed in a trained model; these can: {', '.join(NEUTRAL_PARTS)}")
     new_parts = [name for name in added if name in NEUTRAL_PARTS]
-    return build_model(dataclasses.replace(config, **added), open_weights(path), device, dtype, new_parts)
+    return build_model(dataclasses.replace(config, **added), source or open_weights(path), device, dtype, new_parts, make)
 
 
 def build_model(
@@ -191,8 +213,10 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     new_parts: Collection[str] = (),
+    make: type[SmartHaoAI] | None = None,
 ) -> SmartHaoAI:
     """A model of `config` with the weights of `source`, in evaluation mode. The source need not have the tensors of `new_parts`.
+    make: its class, None for SmartHaoAI.
 
     Names and shapes are checked first (see `fill`); then each tensor is read and copied to its place, so that the weights
     exist only once in memory. ValueError names a tensor that is missing, not expected, or of another shape.
@@ -202,9 +226,10 @@ def build_model(
 
     without = dataclasses.replace(config, **{name: getattr(HaoAIConfig(), name) for name in new_parts})
     stored = without if new_parts else config
-    names = _check_weights(stored, source)  # before a wrong size in config.json asks for memory
+    make = make or SmartHaoAI
+    names = _check_weights(stored, source, make)  # before a wrong size in config.json asks for memory
     with torch.device("meta"):
-        model = SmartHaoAI(config)
+        model = make(config)
     model.to(dtype).to_empty(device=device)  # addresses only: memory is taken when a tensor is copied
     model.reset_parts()
     for part, name in (("deep_supervision", "auxiliary"), ("use_reasoning", "reasoning")):
@@ -219,11 +244,11 @@ def build_model(
 
 def fill(model: SmartHaoAI, source: WeightSource) -> None:
     """Copy the weights of `source` into the model, tensor by tensor. Raises ValueError where they do not fit."""
-    _copy_weights(model, source, _check_weights(model.config, source), model_type(model.config))
+    _copy_weights(model, source, _check_names(weights_to_disk(model.state_dict(), model.config), model.config, source), None)
 
 
 @torch.no_grad()
-def _copy_weights(model: SmartHaoAI, source: WeightSource, names: Collection[str], kind: str) -> None:
+def _copy_weights(model: SmartHaoAI, source: WeightSource, names: Collection[str], kind: str | None) -> None:
     """Copy the tensors `names`, which are those of a model of model_type `kind`; what the model has beyond them is left as it is."""
     places = weights_to_disk(model.state_dict(), model.config, kind)
     for name in names:
@@ -235,8 +260,20 @@ def _copy_weights(model: SmartHaoAI, source: WeightSource, names: Collection[str
         place.copy_(tensor)
 
 
-def open_weights(folder: Path) -> SafetensorsWeights:
-    """The weights of a model directory, whole or in shards. FileNotFoundError names a file that is missing."""
+def load_config(path: str | Path) -> HaoAIConfig:
+    """The HaoAIConfig of a model directory; that of the base for an adapter. ValueError names what this code base cannot express."""
+    from model.adapter_files import whole_model
+
+    return read_config(whole_model(Path(path)))
+
+
+def open_weights(folder: Path) -> WeightSource:
+    """The weights of a model directory, whole or in shards; of an adapter, those of its base with the update merged in.
+    FileNotFoundError names a file that is missing."""
+    from model.adapter_files import AdapterWeights, is_adapter
+
+    if is_adapter(folder):
+        return AdapterWeights(folder)
     if (folder / WEIGHTS_FILE).is_file():
         return SafetensorsWeights([folder / WEIGHTS_FILE])
     index = folder / INDEX_FILE
@@ -275,10 +312,13 @@ class SafetensorsWeights:
 
     def __init__(self, files: list[Path], index: Path | None = None, checksums: Mapping[str, int] | None = None) -> None:
         self.file = index or files[0]
+        self.notes: dict[str, str] = {}
+        """Metadata of the files."""
         self._readers: dict[str, tuple[Path, Any]] = {}
         self._checksums: dict[str, int] = {}
         for file in files:
             reader = _open(file)
+            self.notes.update(reader.metadata() or {})
             try:
                 self._checksums.update(json.loads((reader.metadata() or {}).get(CHECKSUMS, "{}")))
             except (ValueError, TypeError) as error:
@@ -320,10 +360,13 @@ def load_weights(file: Path) -> dict[str, Tensor]:
 
 
 def find_model(path: str | Path) -> Path:
-    """The directory itself, or that of a hub name ("org/name") fetched through huggingface_hub. FileNotFoundError otherwise."""
+    """The directory itself (of a model, or of an adapter, which stands for its base with the update), or that of a hub name ("org/name")
+    fetched through huggingface_hub. FileNotFoundError otherwise."""
+    from model.adapter_files import is_adapter
+
     folder = Path(path)
     recover_directory(folder)
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / CONFIG_FILE).is_file() or is_adapter(folder):
         return folder
     if folder.exists() or Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
         raise FileNotFoundError(f"{folder} is not a model directory: it has no {CONFIG_FILE}")
@@ -354,7 +397,8 @@ def weights_to_disk(state: Mapping[str, Tensor], config: HaoAIConfig, kind: str 
     mixtral = (kind or model_type(config)) == "mixtral"
     disk: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        name = name if name.startswith("lm_head.") else f"model.{name}"
+        head = name[: name.find(".") + 1]
+        name = HEADS[head] + name.removeprefix(head) if head in HEADS else f"model.{name}"
         if ".qkv_proj." in name:
             rows = tensor.split(latent_heads if name.startswith("model.reasoning.") else heads)
             pieces = zip(("q_proj", "k_proj", "v_proj"), rows, strict=True)
@@ -389,19 +433,26 @@ def _split_experts(name: str, tensor: Tensor, mixtral: bool) -> dict[str, Tensor
     return disk
 
 
-def _check_weights(config: HaoAIConfig, source: WeightSource) -> list[str]:
+def _check_weights(config: HaoAIConfig, source: WeightSource, make: type[SmartHaoAI]) -> list[str]:
     """Names of the tensors that a model of `config` needs. Raises ValueError when the source has others, or of another shape."""
-    from model.transformer import SmartHaoAI
-
     asked, held = config.account().parameters, sum(math.prod(shape) for shape in source.shapes().values())
     if asked > DAMAGED_CONFIG * max(held, 1):  # building the modules would take minutes, or more than torch can count
         raise ValueError(f"{source.file} holds {held:,} parameters, its config.json asks for {asked:,}: one of the two is damaged")
     with torch.device("meta"):
-        model = SmartHaoAI(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in weights_to_disk(model.state_dict(), config).items()}
+        model = make(config)
+    return _check_names(weights_to_disk(model.state_dict(), config), config, source)
+
+
+def _check_names(places: Mapping[str, Tensor], config: HaoAIConfig, source: WeightSource) -> list[str]:
+    """Names of `places`, the tensors to fill. Raises ValueError when the source has others, or of another shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in places.items()}
     found = {name: shape for name, shape in source.shapes().items() if not name.endswith(NOT_PARAMETERS)}
+    for name in [name for name in found if name.startswith("value_head.") and name not in expected]:
+        found.pop(name)  # PPO's, in a checkpoint to resume from
     if config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
+    if "score.weight" in found.keys() - expected.keys():
+        raise ValueError(f"{source.file} is a reward model: it gives scores, no words; load it with RewardModel.from_pretrained")
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         lacks = f"missing {_some(missing)}" if missing else ""

@@ -1,7 +1,8 @@
-"""Cross-entropy of a linear head whose logits are never stored as a whole.
+"""Cross-entropy and log-probabilities of a linear head whose logits are never stored as a whole.
 
-The head's product, the softmax and both gradients are computed for `CHUNK` rows at a time, in the forward pass; backward only
-scales them. Memory is one chunk of fp32 logits whatever the batch. N rows, C channels, V vocabulary.
+The head's product and the softmax are computed for `CHUNK` rows at a time: memory is one chunk of fp32 logits whatever the batch.
+The cross-entropy, a sum, computes both gradients in the forward pass, and backward only scales them; log-probabilities, which each
+get a gradient of their own, compute the logits once more in backward. N rows, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,10 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK = 1024
-ROW_MULTIPLE = 128
+ROW_MULTIPLE = 128  # CPU kernels keep memory for each shape they have met: rows are padded so that few different ones occur
+IGNORE = -100
+
+
+def labelled(labels: Tensor, segment_ids: Tensor | None, width: int, distance: int = 1) -> tuple[Tensor, Tensor]:
+    """Where the labelled tokens are predicted, and what: rows (N,) of states (B * width, C), and targets (N,). State t - distance
+    predicts label t of the same document. labels and segment_ids (B, T); labels of IGNORE are left out."""
+    targets = labels[:, distance:]
+    if segment_ids is not None:
+        targets = targets.masked_fill(segment_ids[:, distance:] != segment_ids[:, :-distance], IGNORE)
+    row, column = (targets != IGNORE).nonzero(as_tuple=True)
+    return row * width + column, targets[row, column]
 
 
 def linear_cross_entropy(
@@ -36,16 +49,25 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, softcap, hits)
 
 
-@torch.no_grad()
-def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
-    """log softmax(hidden_n @ weight.T)[target_n] for each row, (N,) fp32, not differentiable."""
-    dtype = compute_dtype(hidden)
-    weight = weight.to(dtype)
-    parts = []
-    for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        logits = capped((rows.to(dtype) @ weight.T).float(), softcap)
-        parts.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(dim=1))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(logits_n / temperature)[target_n] for each row, (N,) nats, and with `entropy` that of each row's distribution, (N,).
+
+    logits = hidden (N, C) @ weight (V, C).T, capped as in `linear_cross_entropy`; targets (N,) without ignored rows. Both results are
+    fp32 (float64 for float64 inputs) and differentiable once in hidden and weight. Raises ValueError for a temperature of 0 or less.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}: greedy decoding has no log-probabilities")
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    values, entropies = _LinearLogProbs.apply(hidden, weight, targets, softcap, temperature, entropy)
+    return values, entropies if entropy else None
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
@@ -75,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = weight.to(dtype)
         count = hidden.shape[0]
         if surplus := -count % ROW_MULTIPLE:
-            # Few different shapes: CPU kernels keep memory for each one they have met. Rows of weight 0 change no sum.
+            # Rows of weight 0 change no sum.
             if token_weights is None:
                 token_weights = torch.ones(count, device=hidden.device)
             hidden, targets, token_weights = (
@@ -124,3 +146,74 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtype, ctx.softcap, ctx.temperature, ctx.entropy = compute_dtype(hidden), softcap, temperature, entropy
+        ctx.save_for_backward(hidden, weight, targets)
+        head = weight.to(ctx.dtype)
+        values = torch.empty(len(targets), dtype=torch.promote_types(ctx.dtype, torch.float32), device=hidden.device)
+        entropies = torch.empty_like(values) if entropy else values.new_zeros(0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _chunks(len(targets)):
+                count = len(targets[part])
+                logs = _log_softmax(_row_chunk(hidden[part], ctx.dtype), head, softcap, temperature)[0][:count]
+                values[part] = logs.gather(1, targets[part, None])[:, 0]
+                if entropy:
+                    entropies[part] = -(logs * logs.exp()).sum(dim=1)
+        return values, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, targets = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        head = weight.to(ctx.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=grad_values.dtype) if needs_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _chunks(len(targets)):
+                rows, count = _row_chunk(hidden[part], ctx.dtype), len(targets[part])
+                logs, slope = _log_softmax(rows, head, ctx.softcap, ctx.temperature)
+                # d log p_target / d logit_j = [j = target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
+                upstream = F.pad(grad_values[part], (0, len(rows) - count))[:, None]
+                chosen = F.pad(targets[part], (0, len(rows) - count))[:, None]
+                factor = -upstream
+                if ctx.entropy:
+                    entropy = -(logs * logs.exp()).sum(dim=1, keepdim=True)
+                    factor = factor - F.pad(grad_entropies[part], (0, len(rows) - count))[:, None] * (logs + entropy)
+                gradient = logs.exp_() * factor
+                gradient.scatter_add_(1, chosen, upstream)
+                gradient = gradient.mul_(slope / ctx.temperature).to(ctx.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (gradient @ head)[:count].to(grad_hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += gradient.T @ rows
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+
+def _row_chunk(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows (n, C) in `dtype`, with rows of zeros after them up to a multiple of ROW_MULTIPLE."""
+    return F.pad(rows.to(dtype), (0, 0, 0, -len(rows) % ROW_MULTIPLE))
+
+
+def _log_softmax(rows: Tensor, head: Tensor, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:
+    """Log-probabilities (n, V) of rows (n, C), in fp32 or better, and the slope of the cap at each logit."""
+    logits = rows @ head.T
+    logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    slope = 1 - (logits / softcap).square() if softcap else 1.0
+    return (logits / temperature).log_softmax(dim=1), slope

@@ -170,8 +170,10 @@ def _sparse_layers(config: HaoAIConfig) -> list[int]:
     return [layer for layer in range(config.n_layer) if config.layer_is_sparse(layer)]
 
 
-def config_to_disk(config: HaoAIConfig, tokenizer: BPETokenizer | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json with the old and the new spellings of every field that was renamed."""
+def config_to_disk(
+    config: HaoAIConfig, tokenizer: BPETokenizer | None = None, dtype: torch.dtype = torch.float32, reward: bool = False
+) -> dict[str, Any]:
+    """config.json with the old and the new spellings of every field that was renamed; that of a reward model when `reward`."""
     kind = model_type(config)
     data: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
@@ -183,6 +185,9 @@ def config_to_disk(config: HaoAIConfig, tokenizer: BPETokenizer | None = None, d
         "dtype": DTYPES[dtype],
         "transformers_version": "4.51.0",
     }
+    if reward:
+        architecture = "RewardModel" if kind == "haoai" else ARCHITECTURES[kind].replace("CausalLM", "SequenceClassification")
+        data.update(architectures=[architecture], num_labels=1)
     for ours, theirs in FIELD_NAMES.items():
         data[theirs] = getattr(config, ours)
     rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
@@ -233,8 +238,8 @@ def _experts_to_disk(config: HaoAIConfig, kind: str) -> dict[str, Any]:
     return data
 
 
-def load_config(path: str | Path) -> HaoAIConfig:
-    """The HaoAIConfig of a model directory. ValueError names what this code base cannot express."""
+def read_config(path: str | Path) -> HaoAIConfig:
+    """The HaoAIConfig that the config.json of a directory describes. ValueError names what this code base cannot express."""
     file = Path(path) / CONFIG_FILE
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

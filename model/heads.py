@@ -1,4 +1,5 @@
-"""Auxiliary prediction heads: they see the trunk's states in training only and are dropped when a finished model is saved.
+"""Heads besides the language model's. The auxiliary ones and the value head see the trunk's states in training only and are dropped
+when a finished model is saved.
 
 Shapes: B batch, T time, C channels, N labelled tokens.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.attention import RMSNorm
 from model.config import HaoAIConfig
@@ -40,3 +42,28 @@ class NextTokenModule(nn.Module):
         """states (B, T, C) after the trunk's final norm, embedded (B, T, C) of the same tokens -> (B, T - 1, C): row t predicts t + 2."""
         x = self.join(torch.cat((self.state_norm(states[:, :-1]), self.token_norm(embedded[:, 1:])), dim=-1))
         return self.norm(x + self.mlp(self.inner_norm(x)))
+
+
+class ScalarHead(nn.Linear):
+    """States (..., C) -> one number each (...), in fp32 also under autocast. Zero in the beginning."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__(width, 1, bias=bias)
+        nn.init.zeros_(self.weight)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.float(), self.weight.float(), bias)[..., 0]
+
+
+class ValueHead(ScalarHead):
+    """The value of each state, for PPO: `model.value_head = ValueHead(model.config)`, then model.value_head(hidden states (..., C)).
+
+    Checkpoints to resume from keep it, a finished model does not.
+    """
+
+    def __init__(self, config: HaoAIConfig) -> None:
+        super().__init__(config.n_embd, bias=True)

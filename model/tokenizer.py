@@ -52,6 +52,12 @@ class Rendered:
     loss_mask: list[bool]
     """True where the token is the assistant's own, through the token that ends its turn."""
 
+    @property
+    def answer_end(self) -> int:
+        """One past the last of those tokens, where a generated answer ends, too: what a template writes after it says nothing. 0 when
+        there is none."""
+        return max((index + 1 for index, own in enumerate(self.loss_mask) if own), default=0)
+
 
 class BPETokenizer:
     """Text <-> ids. Make one with `train` or `from_pretrained`."""
@@ -174,6 +180,11 @@ class BPETokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id: ids that stand for nothing count too."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def first_difference(self, other: BPETokenizer) -> tuple[int, str] | None:
+        """The lowest id at which the two vocabularies differ, and a token that has it; None where every token has the same id in both."""
+        ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (self, other))
+        return min(((index, token) for token, index in ours.items() ^ theirs.items()), default=None)
 
     @property
     def fingerprint(self) -> str:

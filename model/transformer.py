@@ -17,16 +17,15 @@ from torch.nn import functional as F
 from model.attention import RMSNorm, RotaryEmbedding, SmartAttention, TokenContext, attention_mask
 from model.cache import KVCache, LayerCache
 from model.config import HaoAIConfig
-from model.cross_entropy import capped, compute_dtype, linear_cross_entropy, token_log_probs
+from model.cross_entropy import IGNORE, capped, compute_dtype, labelled, linear_cross_entropy, linear_log_probs
 from model.feedforward import MixtureOfExperts, Routing, SmartFeedForward, balance_loss, z_loss
-from model.heads import LayerSupervision, NextTokenModule
+from model.heads import LayerSupervision, NextTokenModule, ValueHead
 from model.output import ModelOutput
 from model.reasoning import ReasoningModule, ReasoningPath
 
 if TYPE_CHECKING:
+    from model.lora import Adapter
     from model.tokenizer import BPETokenizer
-
-IGNORE = -100
 
 
 class SmartTransformerBlock(nn.Module):
@@ -73,6 +72,10 @@ class SmartHaoAI(nn.Module):
         self.rotary = RotaryEmbedding(config)
         kinds = {"layers": LayerSupervision, "tokens": NextTokenModule}
         self.auxiliary = kinds[config.deep_supervision](config) if config.deep_supervision in kinds else None
+        self.value_head: ValueHead | None = None
+        """Put there by PPO."""
+        self.adapter: Adapter | None = None
+        """The LoRA adapter in use; set by `model.lora.use_adapter`."""
         self.reasoning = ReasoningModule(config) if config.use_reasoning else None
         self.reasoning_halt = config.reasoning_halt
         """Confidence above which a token takes no more reasoning steps, in evaluation; 0: never. May be changed."""
@@ -137,6 +140,7 @@ class SmartHaoAI(nn.Module):
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        token_weights: Tensor | None = None,
         cache: KVCache | None = None,
         return_logits: bool | None = None,
         last_only: bool = False,
@@ -145,19 +149,22 @@ class SmartHaoAI(nn.Module):
     ) -> ModelOutput:
         """input_ids (B, T). attention_mask (B, T): 1 real, 0 padding. segment_ids (B, T): a number per packed document, 0 for padding;
         tokens see only their own document. labels (B, T) unshifted, -100 ignored: label t is predicted from token t - 1 of the same
-        document. cache: keys and values of the tokens before; it is appended to. output_reasoning: return what the steps of the
-        reasoning head did. Raises ValueError when T exceeds the context.
+        document. token_weights (B, T): how much each label counts in the loss; None: all the same. cache: keys and values of the
+        tokens before; it is appended to. output_reasoning: return what the steps of the reasoning head did. Raises ValueError when T
+        exceeds the context.
         """
         hidden, context, path = self._run(input_ids, attention_mask, position_ids, segment_ids, cache)
         out = ModelOutput(hidden_states=hidden if output_hidden_states else None)
+        if self.training:
+            self._add_auxiliary(out)
         if labels is not None:
-            chosen, targets = _labelled(labels, segment_ids, hidden.shape[1])
+            chosen, targets = labelled(labels, segment_ids, hidden.shape[1])
             hits = torch.empty(targets.shape, dtype=torch.bool, device=targets.device) if path is not None and self.training else None
             out.loss_tokens = targets.numel()
-            out.loss_sum = self._head_loss(_rows(hidden, chosen), targets, hits)
-            out.loss = out.loss_sum / max(out.loss_tokens, 1)
+            weights = None if token_weights is None else token_weights.flatten()[chosen + 1]
+            out.loss_sum = self._head_loss(_rows(hidden, chosen), targets, hits, weights)
+            out.loss = out.loss_sum / (max(out.loss_tokens, 1) if weights is None else weights.sum().clamp(min=1.0))
             if self.training:
-                self._add_auxiliary(out)
                 out.deep_losses = self._deep_losses(hidden, context, labels, segment_ids)
                 if self.reasoning is not None and path is not None and hits is not None:
                     out.deep_losses.update(
@@ -178,7 +185,7 @@ class SmartHaoAI(nn.Module):
         chosen = (targets != IGNORE).reshape(-1).nonzero()[:, 0]
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
         wanted = targets.reshape(-1).index_select(0, chosen)
-        return token_log_probs(rows, self.head_weight, wanted, self.config.logit_softcap)
+        return linear_log_probs(rows, self.head_weight, wanted, self.config.logit_softcap)[0]
 
     def hidden_states(
         self,
@@ -312,11 +319,11 @@ class SmartHaoAI(nn.Module):
             return losses
         if isinstance(self.auxiliary, LayerSupervision):
             for index, norm in zip(self.config.supervised_layers, self.auxiliary.norms, strict=True):
-                chosen, targets = _labelled(labels, segment_ids, labels.shape[1])
+                chosen, targets = labelled(labels, segment_ids, labels.shape[1])
                 losses[f"layer_{index + 1}_loss"] = weight * self._head_loss(_rows(norm(context.kept[index]), chosen), targets)
         elif isinstance(self.auxiliary, NextTokenModule) and labels.shape[1] > 2:
             states = self.auxiliary(hidden, self.embed_tokens(context.input_ids))
-            chosen, targets = _labelled(labels, segment_ids, states.shape[1], distance=2)
+            chosen, targets = labelled(labels, segment_ids, states.shape[1], distance=2)
             losses["second_token_loss"] = weight * self._head_loss(_rows(states, chosen), targets)
         return losses
 
@@ -330,8 +337,8 @@ class SmartHaoAI(nn.Module):
             out.step_hidden_states = self.norm(self.reasoning.fused(path.trunk, out.reasoning_states[1:]))
             out.step_confidence = torch.sigmoid(self.reasoning.confidence_logit(out.reasoning_states[1:]))
 
-    def _head_loss(self, rows: Tensor, targets: Tensor, hits: Tensor | None = None) -> Tensor:
-        return linear_cross_entropy(rows, self.head_weight, targets, softcap=self.config.logit_softcap, hits=hits)
+    def _head_loss(self, rows: Tensor, targets: Tensor, hits: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        return linear_cross_entropy(rows, self.head_weight, targets, weights, self.config.logit_softcap, hits)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
         """Continue input_ids (B, T); returns (B, T + new). Settings mean what they mean in transformers; temperature=0 is greedy."""
@@ -362,16 +369,6 @@ def _reset_parts(part: nn.Module) -> None:
     for module in part.modules():
         if isinstance(module, (SmartAttention, SmartTransformerBlock, ReasoningModule)):
             module.reset_parts()
-
-
-def _labelled(labels: Tensor, segment_ids: Tensor | None, width: int, distance: int = 1) -> tuple[Tensor, Tensor]:
-    """Where the labelled tokens are predicted, and what: rows (N,) of states (B * width, C), and targets (N,). State t - distance
-    predicts label t of the same document."""
-    targets = labels[:, distance:]
-    if segment_ids is not None:
-        targets = targets.masked_fill(segment_ids[:, distance:] != segment_ids[:, :-distance], IGNORE)
-    row, column = (targets != IGNORE).nonzero(as_tuple=True)
-    return row * width + column, targets[row, column]
 
 
 def _rows(states: Tensor, chosen: Tensor) -> Tensor:

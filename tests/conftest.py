@@ -1,8 +1,10 @@
-"""Fixtures shared by all tests: a tokenizer, a configuration and a model so small that every test can afford them."""
+"""Fixtures shared by all tests: a fresh random seed, printed when a test fails; a tokenizer, a configuration and a model so small that
+every test can afford them."""
 
 from __future__ import annotations
 
 import os
+import secrets
 
 import pytest
 import torch
@@ -24,6 +26,15 @@ SENTENCES = [
     "The answer is 47, because 12 + 35 = 47.",
     "你好！Hello! 很高兴认识你，nice to meet you.",
 ]
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new seed for every test; set TEST_SEED to repeat a failure."""
+    value = int(os.environ.get("TEST_SEED") or secrets.randbelow(2**31))
+    print(f"TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
 
 
 @pytest.fixture(scope="session")

@@ -175,6 +175,7 @@ def test_the_names_users_type() -> None:
         "SmartAttention",
         "SmartFeedForward",
         "SmartTransformerBlock",
+        "RewardModel",
         "BPETokenizer",
     ):
         assert name in model.__all__

@@ -231,3 +231,34 @@ def test_thinking_is_folded_in_the_terminal_and_absent_in_a_pipe(capsys):
     for channel, words in [("reasoning", "abc"), ("answer", "yes")]:
         view.show(channel, words)
     assert capsys.readouterr().out == "yes"
+
+
+def test_adapters_are_switched_by_name(folder, tmp_path, monkeypatch, capsys):
+    """An adapter of weight/ goes by its name, off leads back to the model, and a wrong name lists the right ones."""
+    from inference import ChatSession
+    from model.adapter_files import save_adapter
+    from model.lora import LoRASettings, inject_lora
+
+    shutil.copytree(folder / "weight" / "sft", tmp_path / "weight" / "sft")
+    monkeypatch.chdir(tmp_path)
+    model = SmartHaoAI.from_pretrained("weight/sft")
+    torch.manual_seed(0)
+    adapter = inject_lora(model, LoRASettings(r=4), "weight/sft")
+    with torch.no_grad():
+        for _, _, pair in adapter.pairs(model):
+            pair.B.normal_()
+    save_adapter(model, "weight/lora")
+    assert chat.newest_stage() == Path("weight/lora")
+    session = ChatSession.from_pretrained("weight/sft", device="cpu", temperature=0, max_new_tokens=12)
+    repl = chat.Repl(session, chat.Console("en", interactive=False), streaming=False, show_thinking=False)
+
+    def said(*lines):
+        left = iter([*lines, "/quit"])
+        status = repl.run(lambda _: next(left))
+        return (status, *capsys.readouterr())
+
+    own, other = said("你好", "/clear"), said("/adapter lora", "你好", "/clear")
+    assert own[1] != other[1] and "adapter: weight/lora (choose weight/lora off" in other[2]
+    assert said("/adapter off", "你好", "/clear")[1] == own[1]
+    status, out, notes = said("/adapter nothing")
+    assert status == 1 and not out and "Known adapters: weight/lora off" in notes and "weight/nothing" in notes

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from train.documents import answer_ids
 from train.formats import (
     BadRows,
     Conversation,
@@ -183,12 +184,7 @@ def marked_tokens(sample: Sample, tokenizer: BPETokenizer) -> list[tuple[list[in
         rendered = tokenizer.render(sample.messages, sample.tools)
         return [(rendered.ids, rendered.loss_mask)]
     answers = (sample.chosen, sample.rejected) if isinstance(sample, Preference) else (sample.completion,)
-    sequences = []
-    for answer in answers:
-        messages = sample.prompt + answer
-        rendered = tokenizer.render(messages, sample.tools, learn=set(range(len(sample.prompt), len(messages))))
-        sequences.append((rendered.ids, rendered.loss_mask))
-    return sequences
+    return [answer_ids(sample.prompt, answer, sample.tools, tokenizer) for answer in answers]
 
 
 def count_duplicates(reports: Iterable[FileReport]) -> int:

@@ -1,7 +1,7 @@
 """Checkpoints of a running training: `checkpoints/step_000500/` holds all that resuming needs.
 
-Model in the ordinary layout (fp32), optimiser tensors in safetensors, everything else as JSON; written to a temporary directory,
-flushed and renamed. Nothing is unpickled.
+Model in the ordinary layout (fp32), or only its adapter where that is what learns; optimiser tensors in safetensors, everything else as
+JSON; written to a temporary directory, flushed and renamed. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.adapter_files import is_adapter, restore_adapter
 from model.checkpoint import fill, load_weights, open_weights, save_pretrained, save_weights
 from model.files import atomic_directory, remove_leftovers
 from model.tokenizer import BPETokenizer
@@ -68,7 +69,13 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def restore(path: Path, model: SmartHaoAI, optimizers: list[torch.optim.Optimizer]) -> None:
     """Put weights, optimiser and random state of a checkpoint back in place."""
-    fill(model, open_weights(path))
+    if is_adapter(path) != (model.adapter is not None):
+        kind = "a run with an adapter" if is_adapter(path) else "a run without an adapter"
+        raise ValueError(f"{path} was written by {kind}: go on with the settings it was begun with (lora.r)")
+    if model.adapter is None:
+        fill(model, open_weights(path))
+    else:
+        restore_adapter(model, path)
     tensors = load_weights(path / OPTIMIZER_FILE)
     values = load_state(path)["optimizer"]
     names = {p: name for name, p in model.named_parameters()}

@@ -1,195 +1,34 @@
-"""The configuration of every stage: dataclasses, YAML presets, and the command line.
-
-Precedence: defaults < `--preset NAME` < `--config FILE` < dotted words:
+"""The configuration of every stage: dataclasses. Precedence: defaults < `--preset NAME` < `--config FILE` < dotted words:
 
     python -m train.train_pretrain --preset nano data.pretrain_file=corpus.jsonl train.lr=3e-4 out_dir=weight/pretrain
 
 The docstring under a field is its help text. Values are converted by the field's type; an unknown key stops with the nearest
-known names.
+known names. How that is done is in `train.command_line`, what all stages share in `train.settings`; the names of both can be
+imported from here.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
-import inspect
-import sys
-import textwrap
-import types
-import typing
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
-
-from model.config import PRESETS, HaoAIConfig
-
-CONFIG_FOLDER = Path(__file__).parent / "configs"
-
-
-class UsageError(ValueError):
-    """A mistake on the command line or in a settings file; ends a program with status 2."""
-
-
-@dataclass
-class TokenizerConfig:
-    """How a tokenizer is trained."""
-
-    vocab_size: int = 16384
-    """Number of tokens, special ones included."""
-    sample_mb: float = 64.0
-    """Train on at most this much text (10^6 bytes of UTF-8), drawn evenly from the languages and files."""
-
-
-@dataclass
-class DataConfig:
-    """Where text comes from and how it becomes rows of tokens."""
-
-    pretrain_file: Any = "training_data/pretrain"
-    """Text to learn from: a file, folder, glob, or list of them; {path: ..., weight: 2} reads a source twice per epoch."""
-    sft_file: Any = "training_data/sft"
-    """Conversations to learn from, in the same forms."""
-    val_file: Any = None
-    """Held-out data to measure on; None: documents held out of the training data by their hash."""
-    max_length: int = 512
-    """Row length in tokens (the context in training)."""
-    short_length: int = 0
-    """Curriculum: begin with rows of this many tokens (0: full rows from the start)."""
-    short_share: float = 0.5
-    """Curriculum: share of the run that uses short rows."""
-    val_share: float = 0.01
-    """Share of the documents held out."""
-    store_dir: str = "weight/token_store"
-    """Folder of the token stores, one per content, tokenizer and kind."""
-    strict: bool = False
-    """Stop at the first unusable row instead of counting and skipping it."""
-
-
-@dataclass
-class OptimizationConfig:
-    """One optimisation run, whatever the stage."""
-
-    max_steps: int = 0
-    """Optimiser steps; 0: as many as `epochs` or `max_minutes` say."""
-    epochs: float = 1.0
-    """Passes over the data when max_steps and max_minutes are 0."""
-    max_minutes: float = 0.0
-    """Time budget of the stage; the number of steps is derived from the measured speed, and corrected on the way."""
-    batch_size: int = 16
-    """Rows per micro-batch."""
-    accumulation_steps: int = 1
-    """Micro-batches per optimiser step; each token counts the same however they are split."""
-    optimizer: str = "adamw"
-    """adamw, or muon (matrices by Muon, everything else by AdamW)."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr_ratio: float = 0.1
-    """The learning rate's floor at the end, as a share of the peak."""
-    schedule: str = "cosine"
-    """cosine, linear, wsd (constant, then linear decay over decay_share) or constant, each after the warm-up."""
-    warmup_steps: int = 20
-    """Steps of linear warm-up."""
-    decay_share: float = 0.4
-    """wsd: share of the run spent decaying."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices (not of norms)."""
-    beta1: float = 0.9
-    """AdamW: decay of the gradient mean."""
-    beta2: float = 0.95
-    """AdamW: decay of the squared gradient."""
-    clip: float = 1.0
-    """Largest gradient norm; 0: no clipping."""
-    precision: str = "auto"
-    """auto (measured once on this device), fp32, bf16 or fp16."""
-    device: str = "auto"
-    """auto (cuda, then mps, then cpu), or a torch device name."""
-    threads: int = 0
-    """CPU threads; 0: torch's choice."""
-    seed: int = 0
-    """Seed of initial weights, data order and dropout."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; 0: only when stopped."""
-    checkpoint_minutes: float = 5.0
-    """A checkpoint at least this often, however long a step takes; 0: by steps only."""
-    keep_checkpoints: int = 2
-    """How many checkpoints are kept."""
-    log_every: int = 10
-    """Steps between rows of metrics.jsonl."""
-    eval_every: int = 100
-    """Steps between evaluations on held-out data; 0: at the end only."""
-    eval_tokens: int = 40_000
-    """Held-out tokens per evaluation."""
-    sample_every: int = 500
-    """Steps between sample generations; 0: at the end only."""
-    max_skipped_steps: int = 5
-    """Stop after this many steps in a row whose loss or gradient is not finite."""
-
-    def check(self) -> None:
-        """Raise UsageError for values that cannot work."""
-        for name in ("batch_size", "accumulation_steps", "log_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("max_steps", "epochs", "max_minutes", "warmup_steps", "clip", "weight_decay", "checkpoint_every"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        _require(self.lr > 0, "train.lr", self.lr, "above 0")
-        _require(self.max_steps > 0 or self.max_minutes > 0 or self.epochs > 0, "train.epochs", self.epochs, "above 0")
-        for name, known in (
-            ("optimizer", ("adamw", "muon")),
-            ("schedule", ("cosine", "linear", "wsd", "constant")),
-            ("precision", ("auto", "fp32", "bf16", "fp16")),
-        ):
-            _require(getattr(self, name) in known, f"train.{name}", getattr(self, name), " | ".join(known))
-
-
-@dataclass
-class StageConfig:
-    """What all stages share."""
-
-    out_dir: str = ""
-    """Directory of the result."""
-    model_dir: str | None = None
-    """Checkpoint to start from; its shape and vocabulary are used."""
-    tokenizer_dir: str | None = None
-    """Folder of the tokenizer; None: the checkpoint's, else weight/tokenizer (trained first when missing)."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Shape of a new model: `preset`, and any field of HaoAIConfig."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: OptimizationConfig = field(default_factory=OptimizationConfig)
-    resume: bool = False
-    """Go on from the newest checkpoint in out_dir."""
-    overwrite: bool = False
-    """Replace an out_dir that already holds something."""
-    dry_run: bool = False
-    """Print parameters, memory, tokens and time, and stop."""
-
-    def check(self) -> None:
-        self.train.check()
-        _require(self.data.max_length >= 2, "data.max_length", self.data.max_length, "at least 2")
-        _require(0 <= self.data.val_share < 1, "data.val_share", self.data.val_share, "in [0, 1)")
-        _require(
-            0 <= self.data.short_length <= self.data.max_length,
-            "data.short_length",
-            self.data.short_length,
-            "between 0 and data.max_length",
-        )
-        _require(self.tokenizer.sample_mb > 0, "tokenizer.sample_mb", self.tokenizer.sample_mb, "above 0")
-        self.model_shape()
-
-    def model_shape(self) -> dict[str, Any]:
-        """Fields of HaoAIConfig: the preset's, then those set by name. Raises UsageError for unknown ones."""
-        fields = dict(self.model)
-        preset = fields.pop("preset", None)
-        if preset is not None and preset not in PRESETS:
-            raise UsageError(f"model.preset={preset!r} is unknown; known: {', '.join(PRESETS)}")
-        hints = typing.get_type_hints(HaoAIConfig)
-        for name, value in fields.items():
-            if name not in hints:
-                raise _unknown(f"model.{name}", [f"model.{n}" for n in [*hints, "preset"]])
-            fields[name] = convert(value, hints[name], f"model.{name}")
-        return {**(PRESETS[preset] if preset else {}), **fields}
+from train.command_line import CONFIG_FOLDER as CONFIG_FOLDER
+from train.command_line import FLAGS as FLAGS
+from train.command_line import SYNONYMS as SYNONYMS
+from train.command_line import UsageError as UsageError
+from train.command_line import apply as apply
+from train.command_line import help_text as help_text
+from train.command_line import known_names as known_names
+from train.command_line import parse_command_line as parse_command_line
+from train.command_line import preset_file as preset_file
+from train.command_line import read_yaml as read_yaml
+from train.command_line import require
+from train.command_line import set_value as set_value
+from train.command_line import stage_name as stage_name
+from train.command_line import to_dict as to_dict
+from train.command_line import to_yaml as to_yaml
+from train.settings import DataConfig, LoRAConfig, OptimizationConfig, StageConfig
+from train.settings import TokenizerConfig as TokenizerConfig
 
 
 @dataclass
@@ -221,260 +60,318 @@ class SFTConfig(StageConfig):
     )
 
 
-Settings = TypeVar("Settings", bound=StageConfig)
-SYNONYMS = {  # names of other programs
-    "learning_rate": "train.lr",
-    "gradient_clip": "train.clip",
-    "max_grad_norm": "train.clip",
-    "block_size": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "gradient_accumulation_steps": "train.accumulation_steps",
-    "num_train_epochs": "train.epochs",
-    "mixed_precision": "train.precision",
-    "dtype": "train.precision",
-    "output_dir": "out_dir",
-    "hidden_size": "model.n_embd",
-    "num_hidden_layers": "model.n_layer",
-    "num_attention_heads": "model.n_head",
-}
-FLAGS = ("resume", "overwrite", "dry_run")
+@dataclass
+class LoRAStageConfig(SFTConfig):
+    """python -m train.train_lora: fine-tune on conversations by a small adapter; the checkpoint itself stays as it is."""
+
+    out_dir: str = "weight/lora"
+    model_dir: str | None = "newest"
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16))
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(lr=2e-3, schedule="linear", min_lr_ratio=0.05, weight_decay=0.0, batch_size=8, epochs=2)
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(self.lora.r > 0, "lora.r", self.lora.r, "at least 1; without an adapter it is train.train_sft")
 
 
-def parse_command_line(kind: type[Settings], argv: list[str] | None = None) -> Settings:
-    """Settings from words such as `--preset nano train.lr=3e-4 --resume`. Raises UsageError; `--help` prints and exits."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in words or "--help" in words:
-        print(help_text(kind))
-        raise SystemExit(0)
-    layers: list[dict[str, Any]] = []
-    dotted: dict[str, Any] = {}
-    preset, file = None, None
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("--preset", "--config"):
-            if not equals and not words:
-                raise UsageError(f"{name} needs a value")
-            value = value if equals else words.pop(0)
-            preset, file = (value, file) if name == "--preset" else (preset, value)
-        elif name.startswith("--") and name[2:].replace("-", "_") in FLAGS and not equals:
-            dotted[name[2:].replace("-", "_")] = True
-        elif equals and not name.startswith("-"):
-            dotted[name] = value
-        else:
-            raise UsageError(
-                f"cannot read {word!r}: settings are written key=value (for example train.lr=3e-4), switches as "
-                f"--preset NAME, --config FILE, {', '.join('--' + f.replace('_', '-') for f in FLAGS)}, --help"
-            )
-    if preset is not None:
-        layers.append(read_yaml(preset_file(kind, preset)))
-    if file is not None:
-        layers.append(read_yaml(Path(file)))
-    settings = kind()
-    for layer in layers:
-        apply(settings, layer)
-    for name, value in dotted.items():
-        set_value(settings, name, value)
-    settings.check()
-    return settings
+# ---------------------------------------------------------------- preference optimisation (train_dpo)
 
 
-def stage_name(kind: type) -> str:
-    """`pretrain` for PretrainConfig: the first part of its presets' file names."""
-    return kind.__name__.removesuffix("Config").removesuffix("Stage").lower()
+@dataclass
+class DPOConfig:
+    """How preference pairs are learned from."""
+
+    loss: str = "dpo"
+    """dpo, ipo, simpo, orpo or kto; kto also learns from single answers {prompt, completion, label}."""
+    beta: float = 0.0
+    """How firmly the model is held to its start (simpo: scale of the rewards); 0: the loss's usual value."""
+    label_smoothing: float = 0.0
+    """dpo, simpo: share of the pairs that are taken to be the wrong way round."""
+    gamma: float = 1.0
+    """simpo: by how much the chosen reward has to be larger."""
+    wanted_weight: float = 1.0
+    """kto: weight of the answers that are wanted."""
+    unwanted_weight: float = 1.0
+    """kto: weight of the answers that are not."""
 
 
-def preset_file(kind: type, name: str) -> Path:
-    path = CONFIG_FOLDER / f"{stage_name(kind)}_{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem.split("_", 1)[1] for p in CONFIG_FOLDER.glob(f"{stage_name(kind)}_*.yaml"))
-        raise UsageError(f"--preset {name}: unknown; presets of this stage: {', '.join(known) or 'none'}")
-    return path
+DPO_BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file holding a mapping. Raises UsageError that names file and line."""
-    if not path.is_file():
-        raise UsageError(f"settings file {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"settings file {path}: {error}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise UsageError(f"settings file {path} must hold `key: value` lines, not a {type(data).__name__}")
-    return data
+@dataclass
+class DPOStageConfig(StageConfig):
+    """python -m train.train_dpo: learn from pairs of answers which one is preferred (DPO, IPO, SimPO, ORPO, KTO)."""
 
-
-def apply(settings: Any, values: dict[str, Any], prefix: str = "") -> None:
-    """Set nested values from a mapping."""
-    for key, value in values.items():
-        target = getattr(settings, str(key), None) if not isinstance(settings, dict) else None
-        if isinstance(value, dict) and dataclasses.is_dataclass(target):
-            apply(target, value, f"{prefix}{key}.")
-        elif isinstance(value, dict) and isinstance(target, dict) and key in _field_names(settings):
-            target.update(value)
-        else:
-            set_value(settings, str(key), value, prefix)
-
-
-def set_value(settings: Any, name: str, value: Any, prefix: str = "") -> None:
-    """Set one setting by its dotted name, converting the value to the field's type."""
-    first, dot, rest = name.partition(".")
-    names = _field_names(settings)
-    if first not in names:
-        raise _unknown(prefix + name, [prefix + n for n in known_names(settings)])
-    target = getattr(settings, first)
-    if dot and dataclasses.is_dataclass(target):
-        set_value(target, rest, value, f"{prefix}{first}.")
-    elif dot and isinstance(target, dict):
-        target[rest] = _literal(value)
-    elif dot or dataclasses.is_dataclass(target):
-        raise _unknown(prefix + name, [prefix + n for n in known_names(settings)])
-    else:
-        setattr(settings, first, convert(value, typing.get_type_hints(type(settings))[first], prefix + name))
-
-
-def convert(value: Any, kind: Any, name: str) -> Any:
-    """`value` as the annotated type; text such as "3e-4", "true" or "none" is understood. Raises UsageError."""
-    if kind is Any:
-        return _literal(value)
-    if kind == dict[str, Any]:
-        value = _literal(value)
-        if value is not None and not isinstance(value, dict):
-            raise UsageError(f"{name}={value!r} is not a mapping; set its fields by name, for example {name}.preset=nano")
-        return value or {}  # an empty section of a settings file reads as None
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kinds = typing.get_args(kind)
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "") and type(None) in kinds):
-            return None
-        return convert(value, next(k for k in kinds if k is not type(None)), name)
-    try:
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[str(value).lower()]
-        if kind is int:
-            number = float(value)
-            if isinstance(value, bool) or number != int(number):
-                raise ValueError
-            return int(number)
-        if kind is float:
-            if isinstance(value, bool) or float(value) != float(value):
-                raise ValueError
-            return float(value)
-        if kind is str and isinstance(value, str | int | float):
-            return str(value)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        pass
-    else:
-        if typing.get_origin(kind) is dict and isinstance(value, dict):
-            return value
-    raise UsageError(f"{name}={value!r} is not a {getattr(kind, '__name__', kind)}")
-
-
-def _literal(value: Any) -> Any:
-    """Text of the command line read as YAML where that is what it looks like; numbers such as 3e-4 included."""
-    if not isinstance(value, str):
-        return value
-    if value[:1] in ("[", "{"):
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"cannot read {value!r}: {error}") from error
-    if value.lower() in ("none", "null"):
-        return None
-    return value
-
-
-def known_names(settings: Any) -> list[str]:
-    """Every dotted name of a settings object."""
-    names = []
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        names += [f"{item.name}.{n}" for n in known_names(value)] if dataclasses.is_dataclass(value) else [item.name]
-        if item.name == "model":
-            names += [f"model.{f.name}" for f in dataclasses.fields(HaoAIConfig)]
-    return names
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    return dataclasses.asdict(settings)
-
-
-def to_yaml(settings: Any) -> str:
-    """The settings as a file for --config. Switches are left out: a file must not overwrite a directory unasked."""
-    values = {name: value for name, value in to_dict(settings).items() if name not in FLAGS}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def help_text(kind: type) -> str:
-    """The page that `--help` prints: every setting, its default and meaning."""
-    lines = [
-        (kind.__doc__ or "").strip(),
-        "",
-        "usage: settings are words key=value; later ones win",
-        "  --preset NAME    " + ", ".join(sorted(p.stem.split("_", 1)[1] for p in CONFIG_FOLDER.glob(f"{stage_name(kind)}_*.yaml"))),
-        "  --config FILE    a YAML file with any of the settings below",
-        "",
-    ]
-    _describe(kind(), "", lines)
-    lines += ["", "model.*: " + ", ".join(f.name for f in dataclasses.fields(HaoAIConfig))]
-    return "\n".join(lines)
-
-
-def _describe(settings: Any, prefix: str, lines: list[str]) -> None:
-    kind: type = type(settings)
-    notes = _field_notes(kind)
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        if dataclasses.is_dataclass(value):
-            _describe(value, f"{prefix}{item.name}.", lines)
-            continue
-        name = (
-            f"--{item.name.replace('_', '-')}"
-            if not prefix and item.name in FLAGS
-            else f"{prefix}{item.name}={'' if value is None else value}"
+    out_dir: str = "weight/dpo"
+    model_dir: str | None = "newest"
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(
+            lr=5e-5, schedule="linear", weight_decay=0.0, beta2=0.99, batch_size=8, accumulation_steps=2, eval_tokens=100_000
         )
-        text = textwrap.wrap(notes.get(item.name, ""), 88) or [""]
-        lines.append(f"  {name}")
-        lines += [f"      {line}" for line in text]
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(self.dpo.loss in DPO_BETAS, "dpo.loss", self.dpo.loss, " | ".join(DPO_BETAS))
+        for name in ("beta", "wanted_weight", "unwanted_weight"):
+            require(getattr(self.dpo, name) >= 0, f"dpo.{name}", getattr(self.dpo, name), "0 or more")
+        require(0 <= self.dpo.label_smoothing < 0.5, "dpo.label_smoothing", self.dpo.label_smoothing, "in [0, 0.5)")
 
 
-@lru_cache(maxsize=32)
-def _field_notes(kind: type) -> dict[str, str]:
-    """Docstrings that stand under the fields of a dataclass and its bases."""
-    notes: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for item, after in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(item, ast.AnnAssign)
-                and isinstance(item.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                notes[item.target.id] = " ".join(str(after.value.value).split())
-    return notes
+# ---------------------------------------------------------------- reward model (train_reward)
 
 
-def _field_names(settings: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(settings)]
+@dataclass
+class RewardModelConfig:
+    """How a reward model learns from pairs."""
+
+    margin_coef: float = 1.0
+    """Weight of the rows' field `margin`, by how much the preferred answer should win; 0: the field is not used."""
+    centre_coef: float = 0.01
+    """Pull of a pair's scores towards a sum of 0, since pairs leave the level of the scores open; 0: none."""
 
 
-def _unknown(name: str, known: list[str]) -> UsageError:
-    meant = SYNONYMS.get(name.split(".")[-1].lower())
-    if meant:
-        return UsageError(f"unknown setting {name!r}; did you mean {meant}?")
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
-    return UsageError(f"unknown setting {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else "see --help"))
+@dataclass
+class RewardStageConfig(StageConfig):
+    """python -m train.train_reward: learn to score answers from pairs of which one is preferred."""
+
+    out_dir: str = "weight/reward"
+    model_dir: str | None = "newest"
+    reward: RewardModelConfig = field(default_factory=RewardModelConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.05))
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(
+            lr=2e-4, schedule="linear", weight_decay=0.01, beta2=0.99, batch_size=8, accumulation_steps=2, eval_tokens=100_000
+        )
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(not self.lora.r, "lora.r", self.lora.r, "0: a reward model is trained as a whole")
+        for name in ("margin_coef", "centre_coef"):
+            require(getattr(self.reward, name) >= 0, f"reward.{name}", getattr(self.reward, name), "0 or more")
 
 
-def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
-    if not condition:
-        raise UsageError(f"{name}={value!r} must be {wanted}")
+# ---------------------------------------------------------------- reinforcement learning (train_ppo, train_grpo, train_rlhf)
+
+
+@dataclass
+class RolloutConfig:
+    """How the answers are made that reinforcement learning learns from. Here train.batch_size counts answers, not rows."""
+
+    prompts: int = 32
+    """Questions per rollout."""
+    samples: int = 1
+    """Answers per question."""
+    max_new_tokens: int = 96
+    """Longest answer, thinking included."""
+    temperature: float = 1.0
+    """Of sampling; log-probabilities are taken at the same temperature."""
+    thinking: bool | None = None
+    """false: the thinking is closed before it starts; none: as the model decides."""
+    batch_size: int = 64
+    """Answers generated together."""
+    eval_prompts: int = 64
+    """Held-out questions per evaluation, answered greedily."""
+
+    def check(self) -> None:
+        for name in ("prompts", "samples", "max_new_tokens", "batch_size"):
+            require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1")
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
+
+
+@dataclass
+class PPOConfig:
+    """Proximal policy optimisation with a value head and a KL penalty to the starting model."""
+
+    epochs: int = 2
+    """Passes over each rollout."""
+    clip: float = 0.2
+    """How far a token's probability ratio may move before its gradient stops."""
+    value_clip: float = 0.2
+    """How far a value may move from the rollout's; 0: no limit."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE: between one-step (0) and whole-answer (1) advantages."""
+    whiten: bool = True
+    """Bring the advantages of a rollout to mean 0 and variance 1."""
+    kl: str = "k1"
+    """Estimator of the KL penalty per token: k1, k2 or k3."""
+    kl_coef: float = 0.05
+    """Weight of the KL penalty; with kl_target where the controller begins. 0: no penalty and no reference model."""
+    kl_target: float = 0.0
+    """Adaptive controller: nats per answer to hold the KL at; 0: kl_coef stays."""
+    kl_horizon: int = 2000
+    """Adaptive controller: answers over which it corrects the weight."""
+    stop_kl: float = 0.05
+    """Give up the rest of a rollout when an update has moved the policy by more nats per token than this; 0: never."""
+    missing_end: float = 1.0
+    """Taken from the reward of an answer that did not come to its end."""
+    alarm_kl: float = 1.0
+    """Nats per token from the starting model that count as running away."""
+
+
+@dataclass
+class GRPOConfig:
+    """Group-relative policy optimisation on rewards that can be verified; no value head."""
+
+    loss: str = "dapo"
+    """How tokens are weighed: grpo (every answer the same), bnpo or dapo (every token the same), dr_grpo (by the longest possible
+    answer); or another objective: cispo, sapo."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    clip_low: float = 0.2
+    """How far a ratio may fall before its gradient stops."""
+    clip_high: float = 0.28
+    """How far it may rise; higher than clip_low keeps rare tokens alive."""
+    scale: bool = True
+    """Divide a group's advantages by its standard deviation."""
+    beta: float = 0.0
+    """Weight of the KL to the starting model; 0: none, and no second model in memory."""
+    resample: int = 2
+    """How often questions whose answers all got the same reward are replaced by new ones, per rollout."""
+    alarm_kl: float = 1.0
+    """Nats per token from the starting model that count as running away (with beta)."""
+
+
+@dataclass
+class PPOStageConfig(StageConfig):
+    """python -m train.train_ppo: improve the answers by a reward model, by rules, or both."""
+
+    out_dir: str = "weight/ppo"
+    model_dir: str | None = "newest"
+    reward_model_dir: str | None = None
+    """A finished reward model; None: weight/reward when there are no rules."""
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """Rules and their weights, for example rewards.format=0.5; beside the reward model, whose weight is 1."""
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts=64))
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(
+            lr=1e-4, schedule="constant", weight_decay=0.0, beta2=0.99, warmup_steps=4, batch_size=32, log_every=2, eval_every=20
+        )
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.rollout.check()
+        require(self.ppo.epochs >= 1, "ppo.epochs", self.ppo.epochs, "at least 1")
+        require(self.ppo.clip > 0, "ppo.clip", self.ppo.clip, "above 0")
+        require(self.ppo.kl in ("k1", "k2", "k3"), "ppo.kl", self.ppo.kl, "k1 | k2 | k3")
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self.ppo, name) <= 1, f"ppo.{name}", getattr(self.ppo, name), "in [0, 1]")
+        for name in ("value_clip", "value_coef", "entropy_coef", "kl_coef", "kl_target", "stop_kl", "missing_end"):
+            require(getattr(self.ppo, name) >= 0, f"ppo.{name}", getattr(self.ppo, name), "0 or more")
+        require(self.ppo.kl_coef > 0 or not self.ppo.kl_target, "ppo.kl_coef", self.ppo.kl_coef, "above 0 with ppo.kl_target")
+        require(self.ppo.kl_horizon >= 1, "ppo.kl_horizon", self.ppo.kl_horizon, "at least 1")
+
+
+GRPO_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
+
+
+@dataclass
+class GRPOStageConfig(StageConfig):
+    """python -m train.train_grpo: improve answers whose result can be checked, by comparing several answers to one question."""
+
+    out_dir: str = "weight/grpo"
+    model_dir: str | None = "newest"
+    reward_model_dir: str | None = None
+    """A finished reward model to add to the rules."""
+    rewards: dict[str, Any] = field(default_factory=lambda: {"exact": 1.0, "format": 0.1})
+    """Rules and their weights, for example rewards.steps=0.2; rewards.exact=0 leaves one out."""
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts=16, samples=8))
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(
+            lr=1e-4, schedule="constant", weight_decay=0.0, beta2=0.99, warmup_steps=4, batch_size=64, log_every=2, eval_every=20
+        )
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.rollout.check()
+        require(self.rollout.samples >= 2, "rollout.samples", self.rollout.samples, "at least 2: answers are compared with each other")
+        require(self.grpo.loss in GRPO_LOSSES, "grpo.loss", self.grpo.loss, " | ".join(GRPO_LOSSES))
+        require(self.grpo.epochs >= 1, "grpo.epochs", self.grpo.epochs, "at least 1")
+        for name in ("clip_low", "clip_high"):
+            require(getattr(self.grpo, name) > 0, f"grpo.{name}", getattr(self.grpo, name), "above 0")
+        for name in ("beta", "resample"):
+            require(getattr(self.grpo, name) >= 0, f"grpo.{name}", getattr(self.grpo, name), "0 or more")
+
+
+@dataclass
+class RLHFConfig:
+    """python train_rlhf.py: a reward model from preference pairs, then PPO with it, in one command.
+
+    A setting without `reward.` or `ppo.` before it goes to each of the two stages that knows it: model_dir=weight/sft,
+    data.preference_file=pairs.jsonl, rollout.prompts=32; out_dir=FOLDER puts them into FOLDER/reward and FOLDER/ppo.
+    """
+
+    reward: RewardStageConfig = field(default_factory=RewardStageConfig)
+    ppo: PPOStageConfig = field(default_factory=PPOStageConfig)
+    resume: bool = False
+    """Go on where an earlier run stopped; a finished reward model is used as it is."""
+    overwrite: bool = False
+    """Replace both results."""
+    dry_run: bool = False
+    """Print parameters, memory, tokens and time of both stages, and stop."""
+
+    def check(self) -> None:
+        self.reward.check()
+        self.ppo.check()
+
+
+# ---------------------------------------------------------------- distillation (train_distill)
+
+
+@dataclass
+class DistillConfig:
+    """How a student learns from a teacher."""
+
+    data: str = "sft"
+    """sft (data.sft_file: the answers' tokens) or pretrain (data.pretrain_file: every token)."""
+    kind: str = "forward_kl"
+    """forward_kl (the student covers all that the teacher would say) or reverse_kl (it keeps to what the teacher finds likely)."""
+    temperature: float = 1.0
+    """Both distributions are softened by it; 1: as they are."""
+    alpha: float = 0.5
+    """Share of the teacher in the loss; the rest is cross-entropy with the data."""
+    top_k: int = 0
+    """Keep the teacher's k most probable tokens on disk and read them again in later epochs and runs; 0: run the teacher each time."""
+    structure_weight: float = 1.0
+    """How much the tokens of <think>, </think>, tool calls and turn ends count, against 1 for the others."""
+
+
+@dataclass
+class DistillStageConfig(StageConfig):
+    """python -m train.train_distill: learn from a teacher's distributions, or (teacher_dir=none) from texts that a teacher wrote."""
+
+    out_dir: str = "weight/distill"
+    teacher_dir: str | None = "newest"
+    """Checkpoint of the teacher, of the student's vocabulary; newest: of weight/reasoning and weight/sft; none: learn from texts only."""
+    model: dict[str, Any] = field(default_factory=lambda: {"preset": "nano"})
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(optimizer="muon", lr=2e-3, schedule="linear", min_lr_ratio=0.05, batch_size=8, epochs=2)
+    )
+
+    def check(self) -> None:
+        super().check()
+        distill = self.distill
+        require(distill.data in ("sft", "pretrain"), "distill.data", distill.data, "sft | pretrain")
+        require(distill.kind in ("forward_kl", "reverse_kl"), "distill.kind", distill.kind, "forward_kl | reverse_kl")
+        require(distill.temperature > 0, "distill.temperature", distill.temperature, "above 0")
+        require(0 <= distill.alpha <= 1, "distill.alpha", distill.alpha, "in [0, 1]")
+        require(distill.top_k >= 0, "distill.top_k", distill.top_k, "0 or more")
+        require(distill.structure_weight > 0, "distill.structure_weight", distill.structure_weight, "above 0")

@@ -6,7 +6,7 @@ only their own document (`segment_ids`). Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.packing import Piece, fit_rows
 from train.store import Split, TokenStore
 
 IGNORE = -100
@@ -32,11 +33,14 @@ class Batch:
     """B * T."""
     real: int
     """Positions that hold a token of the data."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What only the loss reads: values per sequence or token (reference log-probabilities, advantages, token weights ...)."""
 
     def to(self, device: str) -> Batch:
         if device == "cpu":
             return self
-        return Batch({k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}, self.weights, self.positions, self.real)
+        inputs, extra = ({k: v.to(device, non_blocking=True) for k, v in part.items()} for part in (self.inputs, self.extra))
+        return Batch(inputs, self.weights, self.positions, self.real, extra)
 
 
 class BatchSource(Protocol):
@@ -48,9 +52,11 @@ class BatchSource(Protocol):
 
     def rows_per_epoch(self) -> float: ...
 
-    def state_dict(self) -> dict[str, int]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Where the source stands, as JSON values."""
+        ...
 
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -85,13 +91,17 @@ def collate(rows: list[Row], pad_id: int, length: int | None = None, limit: int 
     return Batch(inputs, {"tokens": float(predicted.sum())}, ids.size, sum(row.length for row in rows))
 
 
-class _Documents:
-    """The order of documents: a permutation per epoch; a source's weight is how often an epoch reads each of its documents."""
+class Documents:
+    """The order of documents: a permutation per epoch; a source's weight is how often an epoch reads each of its documents.
 
-    def __init__(self, store: TokenStore, split: str, seed: int) -> None:
+    group: documents that stay together (a pair); it is then their groups that are numbered and ordered.
+    """
+
+    def __init__(self, store: TokenStore, split: str, seed: int, group: int = 1) -> None:
         self.split: Split = getattr(store, split)
-        self.ranges = [(source.ranges[split], source.weight) for source in store.sources]
-        self._seed = seed
+        ranges = [(source.ranges[split], source.weight) for source in store.sources]
+        self.ranges = [((start // group, stop // group), weight) for (start, stop), weight in ranges]
+        self._seed, self._group = seed, group
         self._cached: tuple[int, np.ndarray] | None = None
         if len(self.split) == 0:
             raise ValueError(f"the {split} part of {store.folder} is empty")
@@ -115,7 +125,7 @@ class _Documents:
 
     def mean_tokens(self) -> float:
         """Tokens of one epoch."""
-        lengths = self.split.lengths
+        lengths = self.split.lengths.reshape(-1, self._group).sum(axis=1)
         return float(sum(weight * lengths[start:stop].sum() for (start, stop), weight in self.ranges))
 
 
@@ -133,7 +143,7 @@ class PackedText:
         short_share: float = 0.0,
         split: str = "train",
     ) -> None:
-        self.documents = _Documents(store, split, seed)
+        self.documents = Documents(store, split, seed)
         self.batch_size, self.max_length, self.pad_id = batch_size, max_length, pad_id
         self.short_length, self.short_share = short_length, short_share
         self.epoch = self.offset = 0
@@ -176,10 +186,10 @@ class PackedText:
     def rows_per_epoch(self) -> float:
         return self.documents.mean_tokens() / self.max_length
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "offset": int(self.offset)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.offset = state["epoch"], state["offset"]
 
 
@@ -204,7 +214,53 @@ class CutReport:
         return f"conversations longer than data.max_length={length}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
 
 
-class PackedConversations:
+class FittedBlocks(ABC):
+    """Documents are shuffled per epoch and fitted into units of rows, a block of them at a time; a cursor walks over the units."""
+
+    block_size = BLOCK_DOCUMENTS
+
+    def __init__(self, documents: Documents, units_per_batch: int, seed: int) -> None:
+        self.documents, self.units_per_batch = documents, units_per_batch
+        self.epoch = self.block = self.row = 0
+        self._seed = seed
+        self._fitted: tuple[int, int, list[Any]] | None = None
+
+    @abstractmethod
+    def compose(self, documents: np.ndarray, random: np.random.Generator) -> list[Any]:
+        """The units of these documents, in order."""
+
+    def next_units(self) -> list[Any]:
+        """The units of the next batch."""
+        taken: list[Any] = []
+        while len(taken) < self.units_per_batch:
+            units = self.units(self.epoch, self.block)
+            if self.row < len(units):
+                taken.append(units[self.row])
+                self.row += 1
+                continue
+            self.block, self.row = self.block + 1, 0
+            if self.block >= self.blocks(self.epoch):
+                self.epoch, self.block = self.epoch + 1, 0
+        return taken
+
+    def blocks(self, epoch: int) -> int:
+        return -(-len(self.documents.order(epoch)) // self.block_size)
+
+    def units(self, epoch: int, block: int) -> list[Any]:
+        if self._fitted is None or self._fitted[:2] != (epoch, block):
+            documents = self.documents.order(epoch)[block * self.block_size : (block + 1) * self.block_size]
+            random = np.random.Generator(np.random.Philox(key=[self._seed + 1, epoch * 1_000_003 + block]))
+            self._fitted = (epoch, block, self.compose(documents, random))
+        return self._fitted[2]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "block": self.block, "row": self.row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.block, self.row = state["epoch"], state["block"], state["row"]
+
+
+class PackedConversations(FittedBlocks):
     """Whole conversations fitted into rows (exactly where possible, within blocks of documents); rows of like length share a batch."""
 
     def __init__(
@@ -218,12 +274,9 @@ class PackedConversations:
         split: str = "train",
         log: Callable[[str], object] | None = None,
     ) -> None:
-        self.documents = _Documents(store, split, seed)
-        self.batch_size, self.max_length, self.pad_id = batch_size, max_length, pad_id
+        super().__init__(Documents(store, split, seed), batch_size, seed)
+        self.max_length, self.pad_id = max_length, pad_id
         self.rows_per_step = rows_per_step or batch_size
-        self.epoch = self.block = self.row = 0
-        self._rows: tuple[int, int, list[list[tuple[int, int, int]]]] | None = None
-        self._seed = seed
         self.kept_tokens, report = self._survey()
         if not self.kept_tokens:
             raise ValueError(f"no conversation has a learned token within data.max_length={max_length}; raise data.max_length")
@@ -233,32 +286,18 @@ class PackedConversations:
     def next_batch(self, progress: float = 1.0) -> Batch:
         """`progress` changes nothing here."""
         rows: list[Row] = []
-        while len(rows) < self.batch_size:
-            pieces = self._block_rows()
-            if self.row >= len(pieces):
-                self._advance()
-                continue
+        for pieces in self.next_units():
             row = Row()
-            for document, start, stop in pieces[self.row]:
+            for document, start, stop in pieces:
                 row.add(self.documents.split.tokens(document, start, stop), self.documents.split.mask(document, start, stop))
             rows.append(row)
-            self.row += 1
         return collate(rows, self.pad_id, limit=self.max_length)
 
-    def _advance(self) -> None:
-        self.block, self.row = self.block + 1, 0
-        if self.block * BLOCK_DOCUMENTS >= len(self.documents.order(self.epoch)):
-            self.epoch, self.block = self.epoch + 1, 0
+    def compose(self, documents: np.ndarray, random: np.random.Generator) -> list[list[Piece]]:
+        pieces = [piece for document in documents for piece in self._pieces(int(document))]
+        return fit_rows(pieces, self.max_length, self.rows_per_step, random)
 
-    def _block_rows(self) -> list[list[tuple[int, int, int]]]:
-        if self._rows is None or self._rows[:2] != (self.epoch, self.block):
-            order = self.documents.order(self.epoch)[self.block * BLOCK_DOCUMENTS : (self.block + 1) * BLOCK_DOCUMENTS]
-            pieces = [piece for document in order for piece in self._pieces(int(document))]
-            random = np.random.Generator(np.random.Philox(key=[self._seed + 1, self.epoch * 1_000_003 + self.block]))
-            self._rows = (self.epoch, self.block, fit_rows(pieces, self.max_length, self.rows_per_step, random))
-        return self._rows[2]
-
-    def _pieces(self, document: int, report: CutReport | None = None) -> list[tuple[int, int, int]]:
+    def _pieces(self, document: int, report: CutReport | None = None) -> list[Piece]:
         """(document, start, stop) of what is used of a conversation: all of it, or parts that fit, cut after an answer."""
         mask = self.documents.split.mask(document)
         assert mask is not None
@@ -267,7 +306,7 @@ class PackedConversations:
         # An answer ends where the mask falls; the line end after it belongs to the turn.
         ends = np.nonzero((mask[:-1] == 1) & (mask[1:] == 0))[0] + 2
         ends = np.minimum(np.append(ends, len(mask)), len(mask))
-        pieces: list[tuple[int, int, int]] = []
+        pieces: list[Piece] = []
         start, prompt_cut, answer_cut = 0, False, False
         while start < len(mask):
             fitting = ends[(ends > start) & (ends <= start + self.max_length)]
@@ -302,53 +341,6 @@ class PackedConversations:
 
     def rows_per_epoch(self) -> float:
         return self.kept_tokens / self.max_length
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "block": self.block, "row": self.row}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.block, self.row = state["epoch"], state["block"], state["row"]
-
-
-def fit_rows(pieces: list[tuple[int, int, int]], length: int, group: int, random: np.random.Generator) -> list[list[tuple[int, int, int]]]:
-    """Fit whole pieces into rows of `length` tokens, with as little left free as possible.
-
-    A row begins with the longest piece left; one piece or two that fill the rest exactly close it, until then the longest that
-    fits is added. Rows of like fill are neighbours in groups of `group` (the rows of one optimiser step), the groups are shuffled.
-    """
-    by_size: dict[int, list[tuple[int, int, int]]] = {}
-    for piece in pieces:
-        by_size.setdefault(piece[2] - piece[1], []).append(piece)
-    sizes = sorted(by_size)
-
-    def take(size: int) -> tuple[int, int, int]:
-        piece = by_size[size].pop()
-        if not by_size[size]:
-            del by_size[size]
-            sizes.pop(bisect_left(sizes, size))
-        return piece
-
-    rows: list[tuple[int, list[tuple[int, int, int]]]] = []
-    while sizes:
-        free = length - sizes[-1]
-        row = [take(sizes[-1])]
-        while sizes and sizes[0] <= free:
-            smaller = _exact_pair(by_size, sizes, free)
-            size = free if free in by_size else smaller or sizes[bisect_right(sizes, free) - 1]
-            row.append(take(size))
-            free -= size
-        rows.append((free, row))
-    rows.sort(key=lambda r: r[0])
-    groups = [rows[i : i + group] for i in range(0, len(rows), group)]
-    return [row for g in random.permutation(len(groups)) for _, row in groups[g]]
-
-
-def _exact_pair(by_size: dict[int, list[tuple[int, int, int]]], sizes: list[int], total: int) -> int | None:
-    """The smaller of two sizes that add up to `total`, when there are two such pieces."""
-    for size in sizes[: bisect_right(sizes, total // 2)]:
-        if total - size in by_size and (2 * size != total or len(by_size[size]) > 1):
-            return size
-    return None
 
 
 def _cut_long_turn(mask: np.ndarray, start: int, after: int, length: int) -> tuple[int, int]:

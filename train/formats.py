@@ -15,6 +15,7 @@ Finding and reading files is `train.data_files` and `train.raw_rows`, whose name
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -64,12 +65,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two continuations of one prompt, which ends with a user or tool turn; both begin with the assistant."""
+    """Two continuations of one prompt, which ends with a user or tool turn; both begin with the assistant. margin: by how much the
+    chosen one is better, 0 when the row does not say."""
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _preference_row(row: Row) -> Preference:
             raise RowError(f"{name} continues with a {turns[0]['role']} turn, expected the assistant")
     if chosen == rejected:
         raise RowError("chosen and rejected are the same")
-    return Preference(prompt, chosen, rejected, tools)
+    return Preference(prompt, chosen, rejected, tools, _margin(row.get("margin", 0.0)))
 
 
 def _judged_row(row: Row) -> Judged:
@@ -319,6 +322,15 @@ def _label(value: Any) -> bool:
     raise RowError(f"label is {str(value)[:40]!r}, expected true or false (or 1, 0)")
 
 
+def _margin(value: Any) -> float:
+    try:
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise RowError(f"margin is {str(value)[:40]!r}, expected a number")
+
+
 # ---------------------------------------------------------------- conversions
 
 
@@ -411,17 +423,20 @@ class BadRows:
             raise ValueError(f"{self.total} bad row{'s' if self.total > 1 else ''} with --strict{where}")
 
 
-def read_samples(path: str | PathLike[str], bad: BadRows, convert: Callable[[Sample], Any] | None = None) -> Iterator[tuple[int, Any]]:
+def read_samples(
+    path: str | PathLike[str], bad: BadRows, convert: Callable[[Sample], Any] | None = None, read: Callable[[Any], Sample] = recognise
+) -> Iterator[tuple[int, Any]]:
     """(line, sample) of every usable row of a file; the others go to `bad`.
 
-    `convert` (as_text, as_conversation, as_preference) turns samples into what a stage needs; its RowErrors count.
+    `convert` (as_text, as_conversation, as_preference) turns samples into what a stage needs; its RowErrors count. `read` makes a
+    sample of a row.
     """
     for row in read_rows(path):
         if row.error is not None:
             bad.add(row.path, row.line, row.error)
             continue
         try:
-            sample = recognise(row.value)
+            sample = read(row.value)
             yielded = convert(sample) if convert else sample
         except RowError as error:
             bad.add(row.path, row.line, str(error))

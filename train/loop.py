@@ -6,7 +6,6 @@ refuse what is not finite, update, log, evaluate, save.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,7 @@ from model.transformer import SmartHaoAI
 from train.checkpoints import load_state, newest_checkpoint, restore, save_checkpoint
 from train.config import StageConfig, to_yaml
 from train.data import Batch, BatchSource
-from train.losses import Term
-from train.metrics import MetricsLog, plot_loss
+from train.metrics import LossFunction, MetricsLog, StepResult, Window, plot_loss
 from train.optim import Muon, build_optimizers, lr_factor
 from train.runtime import (
     Precision,
@@ -37,8 +35,8 @@ from train.runtime import (
     set_threads,
 )
 
-LossFunction = Callable[[torch.nn.Module, Batch], list[Term]]
 Evaluate = Callable[[SmartHaoAI], dict[str, float]]
+Prepare = Callable[[SmartHaoAI, Precision], None]
 REPLAN_EVERY = 0.05  # share of a time budget after which its number of steps is corrected
 DEEP_FADE = 0.1  # last share of a run in which the training-only heads lose their weight
 BUDGET_RESERVE = 0.97  # share of a time budget planned for steps; the rest is for evaluation and saving
@@ -85,14 +83,16 @@ def fit(
     *,
     tokenizer: BPETokenizer,
     sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None = None,
+    prepare: Prepare | None = None,
     log: Callable[[str], object] = print,
 ) -> FitResult:
     """Train `model` by `settings.train`, writing metrics, plots and checkpoints to `settings.out_dir`.
 
-    evaluate returns val_loss and the like; sample returns (prompt, answer) pairs. With settings.resume the newest checkpoint of
-    out_dir is continued. Raises ValueError when several steps in a row are not finite.
+    evaluate returns val_loss and the like; sample returns (prompt, answer) pairs. prepare is called once before the first step with
+    the model as it came (also when a run is resumed: its weights are restored after that) and the precision of the run. With
+    settings.resume the newest checkpoint of out_dir is continued. Raises ValueError when several steps in a row are not finite.
     """
-    return _Fit(settings, model, batches, loss_fn, evaluate, tokenizer, sample, log).run()
+    return _Fit(settings, model, batches, loss_fn, evaluate, tokenizer, sample, prepare, log).run()
 
 
 class _Fit:
@@ -105,11 +105,12 @@ class _Fit:
         evaluate: Evaluate | None,
         tokenizer: BPETokenizer,
         sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None,
+        prepare: Prepare | None,
         log: Callable[[str], object],
     ) -> None:
         self.settings, self.train = settings, settings.train
         self.model, self.batches, self.loss_fn = model, batches, loss_fn
-        self.evaluate, self.tokenizer, self.sample, self.log = evaluate, tokenizer, sample, log
+        self.evaluate, self.tokenizer, self.sample, self.prepare, self.log = evaluate, tokenizer, sample, prepare, log
         self.out_dir = Path(settings.out_dir)
         self.device = device_name(self.train.device)
         set_threads(self.train.threads)
@@ -120,22 +121,24 @@ class _Fit:
         self.state = _Progress()
         self.skipped_in_a_row = 0
         self.last_row: dict[str, Any] = {}
-        self.window = _Window()
+        self.window = Window()
 
     def run(self) -> FitResult:
         checkpoint = newest_checkpoint(self.out_dir) if self.settings.resume else None
         if checkpoint is not None:
             saved = load_state(checkpoint)
             self.state = _Progress(**saved["progress"])
-            self.window = _Window(**saved["window"])
+            self.window = Window(**saved["window"])
             if self.train.max_steps:
                 self.state.total_steps = self.train.max_steps
+            self.precision = Precision(self.state.precision, self.device, self.state.precision_reason)
+            self._prepare()
             self.batches.load_state_dict(saved["cursor"])
             restore(checkpoint, self.model, self.optimizers)
             self.log(f"resuming from {checkpoint} at step {self.state.step}")
-            self.precision = Precision(self.state.precision, self.device, self.state.precision_reason)
         else:
             self._plan()
+            self._prepare()
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 optimizer.compute_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
@@ -159,15 +162,16 @@ class _Fit:
 
     def _plan(self) -> None:
         """Decide once what is measured: precision, and the number of steps of a time budget."""
-        cursor = self.batches.state_dict()
-        probe = self.batches.next_batch(1.0).to(self.device)
-        first = self.batches.next_batch(0.0).to(self.device)
-        self.batches.load_state_dict(cursor)
-        random = torch.get_rng_state()
+        measured = self.train.precision == "auto" or (self.train.max_minutes and not self.train.max_steps)
+        cursor, random = self.batches.state_dict(), torch.get_rng_state()
+        if measured:  # a batch of rollouts is dear
+            probe = self.batches.next_batch(1.0).to(self.device)
+            first = self.batches.next_batch(0.0).to(self.device)
+            self.batches.load_state_dict(cursor)
 
         def forward_backward(batch: Batch) -> None:
             terms = self.loss_fn(self.model, batch)
-            torch.stack([term.total for term in terms]).sum().backward()
+            torch.stack([term.total for term in terms if not term.metric]).sum().backward()
             self.model.zero_grad(set_to_none=True)
 
         self.precision = choose_precision(self.train, self.device, lambda: forward_backward(probe))
@@ -188,6 +192,13 @@ class _Fit:
             self.state.total_steps = max(1, round(self.train.epochs * self.batches.rows_per_epoch() / rows_per_step))
         torch.set_rng_state(random)
         self.model.take_expert_load()  # of the trials
+
+    def _prepare(self) -> None:
+        if self.prepare is not None:
+            random = torch.get_rng_state()
+            self.prepare(self.model, self.precision)
+            self.model.train()
+            torch.set_rng_state(random)
 
     def _replan(self) -> None:
         """Keep a time budget on a machine whose speed changes: correct the number of steps while the learning rate is still high."""
@@ -229,7 +240,7 @@ class _Fit:
             evaluated = self._evaluate() if last or (self.train.eval_every and step % self.train.eval_every == 0) else {}
             if evaluated or last or step % self.train.log_every == 0:
                 self._log_row(self.window, evaluated)
-                self.window = _Window()
+                self.window = Window()
             self.bar.update(1)
             due = self.train.checkpoint_every and step % self.train.checkpoint_every == 0
             overdue = self.train.checkpoint_minutes and time.monotonic() - saved_at > self.train.checkpoint_minutes * 60
@@ -242,7 +253,7 @@ class _Fit:
                 return True
         return False
 
-    def _step(self) -> _StepResult:
+    def _step(self) -> StepResult:
         """One optimiser step."""
         lr = self.train.lr * lr_factor(self.train, self.state.step, self.state.total_steps)
         for optimizer in self.optimizers:
@@ -257,21 +268,28 @@ class _Fit:
                 totals[name] = totals.get(name, 0.0) + weight
         loss_sum = 0.0
         others: dict[str, float] = {}
+        metrics: dict[str, list[float]] = {}
         for batch in micro:
             with self.precision.autocast():
                 terms = self.loss_fn(self.model, batch.to(self.device))
-            parts = [term.total / max(totals[term.weight], 1.0) for term in terms]
+            losses = [term for term in terms if not term.metric]
+            parts = [term.total / max(totals[term.weight], 1.0) for term in losses]
             self.scaler.scale(torch.stack(parts).sum()).backward()
-            loss_sum += float(terms[0].total.detach())
-            for term, part in zip(terms[1:], parts[1:], strict=True):
+            loss_sum += float(losses[0].total.detach())
+            for term, part in zip(losses[1:], parts[1:], strict=True):
                 others[term.name] = others.get(term.name, 0.0) + float(part.detach())
+            logged = [term for term in terms if term.metric]
+            values = torch.stack([term.total.detach().float() for term in logged]).tolist() if logged else []
+            for term, value in zip(logged, values, strict=True):
+                metrics[term.name] = [metrics.get(term.name, [0.0])[0] + value, totals[term.weight]]
         positions, real = sum(b.positions for b in micro), sum(b.real for b in micro)
         norm = self._update(loss_sum)
         self.state.tokens += real
         load = self.model.take_expert_load()
         if load is not None and not self.skipped_in_a_row:
             self.model.balance_experts(load)
-        return _StepResult(loss_sum, totals[terms[0].weight], norm, positions, real, others, None if load is None else load.tolist())
+        expert_load = None if load is None else load.tolist()
+        return StepResult(loss_sum, totals[losses[0].weight], norm, positions, real, others, metrics, expert_load)
 
     def _update(self, loss_sum: float) -> float:
         """Clip and apply the gradients, unless the loss or their norm is not finite. Returns the norm before clipping."""
@@ -306,7 +324,7 @@ class _Fit:
         self.model.train()
         return result
 
-    def _log_row(self, window: _Window, evaluated: dict[str, float]) -> None:
+    def _log_row(self, window: Window, evaluated: dict[str, float]) -> None:
         row = {
             "step": self.state.step,
             "tokens": self.state.tokens,
@@ -327,7 +345,9 @@ class _Fit:
         self.last_row = {**self.last_row, **{k: v for k, v in row.items() if v is not None}}
         shown = f"loss {window.loss:.3f}" if window.loss is not None else "nothing learned"
         if evaluated.get("val_loss") is not None:
-            shown += f"  held-out {evaluated['val_loss']:.3f} ({evaluated['val_bpb']:.3f} bits/byte)"
+            shown += f"  held-out {evaluated['val_loss']:.3f}"
+            shown += f" ({evaluated['val_bpb']:.3f} bits/byte)" if "val_bpb" in evaluated else ""
+            shown += f" (accuracy {evaluated['val_accuracy']:.3f})" if "val_accuracy" in evaluated else ""
             plot_loss(self.metrics.rows, self.out_dir / "loss.png", self.out_dir.name)
         if not self.bar.disable:
             self.bar.set_postfix_str(shown)
@@ -357,62 +377,3 @@ class _Fit:
             "scaler": self.scaler.state_dict(),
         }
         save_checkpoint(self.out_dir, self.state.step, self.model, self.tokenizer, self.optimizers, state, self.train.keep_checkpoints)
-
-
-@dataclass
-class _StepResult:
-    """Sums of one optimiser step."""
-
-    loss_sum: float
-    weight: float
-    norm: float
-    positions: int
-    real: int
-    others: dict[str, float]
-    """Terms besides the loss, each with its coefficient and divided by its weight."""
-    expert_load: list[list[float]] | None
-    """Tokens per layer and expert."""
-
-
-@dataclass
-class _Window:
-    """Sums since the last row of metrics.jsonl."""
-
-    loss_sum: float = 0.0
-    weight: float = 0.0
-    norm: float | None = None
-    positions: int = 0
-    real: int = 0
-    seconds: float = 0.0
-    steps: int = 0
-    others: dict[str, float] = field(default_factory=dict)
-    expert_load: list[list[float]] | None = None
-
-    def add(self, step: _StepResult) -> None:
-        if math.isfinite(step.loss_sum) and math.isfinite(step.norm):  # a skipped step must not spoil the row, and NaN is not JSON
-            self.loss_sum += step.loss_sum
-            self.weight += step.weight
-            self.norm = step.norm if self.norm is None else max(self.norm, step.norm)
-            self.steps += 1
-            for name, value in step.others.items():
-                self.others[name] = self.others.get(name, 0.0) + value
-        if step.expert_load is not None:
-            before = self.expert_load or [[0.0] * len(layer) for layer in step.expert_load]
-            self.expert_load = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(before, step.expert_load, strict=True)]
-        self.positions += step.positions
-        self.real += step.real
-
-    @property
-    def loss(self) -> float | None:
-        return self.loss_sum / self.weight if self.weight else None
-
-    def extra(self) -> dict[str, Any]:
-        """What only some models have: mean of the other loss terms; each expert's share of its layer's work, times the number of
-        experts (1: balanced), with the largest and smallest of all."""
-        row: dict[str, Any] = {name: value / max(self.steps, 1) for name, value in self.others.items()}
-        if self.expert_load is not None:
-            loads = [[round(count * len(layer) / max(sum(layer), 1.0), 3) for count in layer] for layer in self.expert_load]
-            row.update(
-                expert_load=loads, expert_load_max=max(max(layer) for layer in loads), expert_load_min=min(min(layer) for layer in loads)
-            )
-        return row

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from model.files import atomic_write_bytes, atomic_write_text
 from model.tokenizer import BPETokenizer
 from model.transformer import IGNORE, SmartHaoAI
 from train.data import Batch
+from train.losses import Term
+
+LossFunction = Callable[[torch.nn.Module, Batch], list[Term]]
 
 EVALUATION_ROWS = 16
+METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 
 
 class MetricsLog:
@@ -26,7 +30,7 @@ class MetricsLog:
     def __init__(self, out_dir: Path, from_step: int = 0) -> None:
         self.out_dir = out_dir
         out_dir.mkdir(parents=True, exist_ok=True)
-        self.path, self.events_path = out_dir / "metrics.jsonl", out_dir / "events.jsonl"
+        self.path, self.events_path = out_dir / METRICS_FILE, out_dir / EVENTS_FILE
         for path in (self.path, self.events_path):
             # What was logged after the checkpoint that a run resumes from will be logged again.
             kept = [row for row in read_jsonl(path) if row["step"] <= from_step]
@@ -41,7 +45,7 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self._append(self.path, row)
+        _append(self.path, row)
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, int | float) and name != "step":
@@ -49,16 +53,87 @@ class MetricsLog:
 
     def event(self, step: int, kind: str, **details: Any) -> None:
         """Something that happened once: a skipped step, a new plan, a sample."""
-        self._append(self.events_path, {"step": step, "event": kind, **details})
+        append_event(self.out_dir, step, kind, **details)
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
-    @staticmethod
-    def _append(path: Path, row: dict[str, Any]) -> None:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+def append_event(out_dir: Path, step: int, kind: str, **details: Any) -> None:
+    """One line of events.jsonl: something that happened once."""
+    _append(out_dir / EVENTS_FILE, {"step": step, "event": kind, **details})
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@dataclass
+class StepResult:
+    """Sums of one optimiser step."""
+
+    loss_sum: float
+    weight: float
+    norm: float
+    positions: int
+    real: int
+    others: dict[str, float]
+    """Terms besides the loss, each with its coefficient and divided by its weight."""
+    metrics: dict[str, list[float]]
+    """Total and weight of what is only logged."""
+    expert_load: list[list[float]] | None
+    """Tokens per layer and expert."""
+
+
+@dataclass
+class Window:
+    """Sums since the last row of metrics.jsonl."""
+
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    norm: float | None = None
+    positions: int = 0
+    real: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    others: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    expert_load: list[list[float]] | None = None
+
+    def add(self, step: StepResult) -> None:
+        if math.isfinite(step.loss_sum) and math.isfinite(step.norm):  # a skipped step must not spoil the row, and NaN is not JSON
+            self.loss_sum += step.loss_sum
+            self.weight += step.weight
+            self.norm = step.norm if self.norm is None else max(self.norm, step.norm)
+            self.steps += 1
+            for name, value in step.others.items():
+                self.others[name] = self.others.get(name, 0.0) + value
+            for name, pair in step.metrics.items():
+                if math.isfinite(pair[0]):
+                    self.metrics[name] = [a + b for a, b in zip(self.metrics.get(name, [0.0, 0.0]), pair, strict=True)]
+        if step.expert_load is not None:
+            before = self.expert_load or [[0.0] * len(layer) for layer in step.expert_load]
+            self.expert_load = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(before, step.expert_load, strict=True)]
+        self.positions += step.positions
+        self.real += step.real
+
+    @property
+    def loss(self) -> float | None:
+        return self.loss_sum / self.weight if self.weight else None
+
+    def extra(self) -> dict[str, Any]:
+        """What only some stages and models have: mean of the other loss terms; metrics over their weight; each expert's share of its
+        layer's work, times the number of experts (1: balanced), with the largest and smallest of all."""
+        row: dict[str, Any] = {name: value / max(self.steps, 1) for name, value in self.others.items()}
+        row.update({name: total / weight if weight else None for name, (total, weight) in self.metrics.items()})
+        if self.expert_load is not None:
+            loads = [[round(count * len(layer) / max(sum(layer), 1.0), 3) for count in layer] for layer in self.expert_load]
+            row.update(
+                expert_load=loads, expert_load_max=max(max(layer) for layer in loads), expert_load_min=min(min(layer) for layer in loads)
+            )
+        return row
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -76,7 +151,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
-    """Draw training and held-out loss and the learning rate over tokens; False when matplotlib is missing."""
+    """Draw training and held-out loss and the learning rate over tokens, and below accuracy and margin of pairs, where there are such;
+    False when matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -87,26 +163,93 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
     from matplotlib import pyplot as plt
 
     rows = [row for row in rows if row.get("loss") is not None]
-    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
-    tokens = [row["tokens"] / 1e6 for row in rows]
-    axis.plot(tokens, [row["loss"] for row in rows], color="tab:blue", linewidth=1.2, label="training loss")
-    held = [(row["tokens"] / 1e6, row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    if held:
-        axis.plot(*zip(*held, strict=True), color="tab:orange", marker="o", markersize=3, linewidth=1.5, label="held-out loss")
-    axis.set(xlabel="tokens seen (millions)", ylabel="cross-entropy (nats per token)", title=title)
-    axis.grid(alpha=0.3)
+    judged = any(row.get("accuracy") is not None for row in rows)
+    figure, axes = plt.subplots(2 if judged else 1, figsize=(8, 7.5 if judged else 4.5), dpi=120, sharex=True, squeeze=False)
+
+    def draw(axis: Any, name: str, label: str, **style: Any) -> None:
+        points = [(row["tokens"] / 1e6, row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+
+    held = {"marker": "o", "markersize": 3, "linewidth": 1.5}
+    axis = axes[0, 0]
+    draw(axis, "loss", "training loss", color="tab:blue", linewidth=1.2)
+    draw(axis, "val_loss", "held-out loss", color="tab:orange", **held)
+    axis.set(ylabel="loss of a pair" if judged else "cross-entropy (nats per token)", title=title)
     right = axis.twinx()
-    right.plot(tokens, [row["lr"] for row in rows], color="tab:green", linewidth=0.8, alpha=0.5, label="learning rate")
+    draw(right, "lr", "learning rate", color="tab:green", linewidth=0.8, alpha=0.5)
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)
-    lines = [*axis.get_lines(), *right.get_lines()]
-    axis.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
+    _finish_axes(axis, right, "upper right")
+    if judged:
+        axis = axes[1, 0]
+        draw(axis, "accuracy", "accuracy in training", color="tab:blue", linewidth=1.2)
+        draw(axis, "val_accuracy", "held-out accuracy", color="tab:orange", **held)
+        axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(ylabel="share of pairs ranked right", ylim=(0, 1.02))
+        right = axis.twinx()
+        draw(right, "margin", "reward margin in training", color="tab:purple", linewidth=0.8, alpha=0.6)
+        draw(right, "val_margin", "held-out reward margin", color="tab:red", linestyle="--", linewidth=1.2)
+        right.set_ylabel("chosen reward - rejected reward")
+        _finish_axes(axis, right, "lower right")
+    axis.set_xlabel("tokens seen (millions)")
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
     atomic_write_bytes(path, buffer.getvalue())
     return True
+
+
+def plot_panels(rows: list[dict[str, Any]], path: Path, panels: dict[str, tuple[str, ...]], title: str) -> bool:
+    """Draw columns of the log over steps, a panel per title of `panels` with the columns it names; those that are nowhere in the log are
+    left out. False when matplotlib is missing or there is nothing to draw."""
+    shown = {name: [c for c in columns if any(row.get(c) is not None for row in rows)] for name, columns in panels.items()}
+    shown = {name: columns for name, columns in shown.items() if columns}
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    if not shown:
+        return False
+    matplotlib.use("Agg")
+    import io
+
+    from matplotlib import pyplot as plt
+
+    across = min(len(shown), 4)
+    down = -(-len(shown) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.6 * across, 2.7 * down), dpi=120, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, (name, columns) in zip(axes.flat, shown.items(), strict=False):
+        for column in columns:
+            points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+            held_out = column.startswith("val_")
+            axis.plot(*zip(*points, strict=True), linewidth=1.3, marker="o" if held_out else None, markersize=3, label=column)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.ticklabel_format(axis="y", useOffset=False)
+        axis.grid(alpha=0.3)
+        if len(columns) > 1:
+            axis.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    atomic_write_bytes(path, buffer.getvalue())
+    return True
+
+
+def _finish_axes(left: Any, right: Any, place: str) -> None:
+    """Grid, and one legend for what is drawn on both sides."""
+    left.grid(alpha=0.3)
+    lines = [line for line in (*left.get_lines(), *right.get_lines()) if not str(line.get_label()).startswith("_")]
+    if not right.get_lines():
+        right.set_visible(False)
+    left.legend(lines, [str(line.get_label()) for line in lines], loc=place)
 
 
 @torch.no_grad()
@@ -124,6 +267,21 @@ def held_out_loss(model: torch.nn.Module, batches: list[Batch], byte_lengths: to
     if not tokens:
         return {}
     return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(size, 1.0)}
+
+
+@torch.no_grad()
+def held_out_terms(model: torch.nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, device: str) -> dict[str, float]:
+    """What a stage's loss function says of held-out batches: `val_loss` and its other terms and metrics, each over its weight."""
+    model.eval()
+    totals: dict[tuple[str, str], float] = {}
+    weights: dict[str, float] = {}
+    for batch in batches:
+        for name, weight in {**batch.weights, "micro_batches": 1.0}.items():
+            weights[name] = weights.get(name, 0.0) + weight
+        for term in loss_fn(model, batch.to(device)):
+            totals[term.name, term.weight] = totals.get((term.name, term.weight), 0.0) + float(term.total)
+    model.train()
+    return {f"val_{name}": total / weights[weight] for (name, weight), total in totals.items() if weights[weight]}
 
 
 def _predicted_labels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -20,6 +20,9 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 NOT_MAPS = (".mlp.gate.weight", ".temperature", ".value_table.weight", ".step_embedding.weight", ".confidence.weight")
 
 
+ADAPTER = ".adapter."
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest semi-orthogonal matrix by Newton-Schulz steps (Jordan et al., 2024).
 
@@ -80,11 +83,11 @@ def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, devic
     """One or two optimisers that together hold every trainable parameter exactly once.
 
     Matrices decay, norms and biases do not. With muon, embeddings, heads and routers (a row is an expert's address, not part of
-    one map) stay with AdamW.
+    one map) stay with AdamW, and so do adapters, whose two factors are one map only together.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in parameters.items() if p.dim() >= 2}
-    inner = {n: p for n, p in matrices.items() if ("layers." in n or "reasoning." in n) and not n.endswith(NOT_MAPS)}
+    inner = {n: p for n, p in matrices.items() if ("layers." in n or "reasoning." in n) and not n.endswith(NOT_MAPS) and ADAPTER not in n}
     muon = inner if settings.optimizer == "muon" else {}
     decayed = [p for n, p in matrices.items() if n not in muon]
     plain = [p for n, p in parameters.items() if n not in matrices]

@@ -1,4 +1,8 @@
-"""What every stage does around the loop: output directory, tokenizer, model, plan, and the finished checkpoint."""
+"""What every stage does around the loop: output directory, tokenizer, model, plan, and the finished checkpoint.
+
+A stage: begin(), its store and source, print_plan(), with --dry-run print_estimate(), make_model(), run_stage(). `run_lm_stage` is
+the whole of it for what learns from next tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,42 @@ import torch
 from model.checkpoint import find_model, load_config
 from model.config import HaoAIConfig, added_parts
 from model.files import atomic_write_text
+from model.lora import Adapter, inject_lora
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from train.checkpoints import FOLDER, newest_checkpoint
 from train.config import StageConfig, TokenizerConfig, TokenizerStageConfig, UsageError, stage_name
 from train.data import BatchSource, evaluation_batches, make_source
-from train.loop import Evaluate, FitResult, fit
+from train.loop import BUDGET_RESERVE, Evaluate, FitResult, Prepare, fit
 from train.losses import lm_loss
-from train.metrics import held_out_loss, write_report
-from train.runtime import describe_machine, device_name, format_minutes, seed_everything, total_memory
+from train.metrics import LossFunction, held_out_loss, write_report
+from train.runtime import choose_precision, describe_machine, device_name, format_minutes, seed_everything, timed, total_memory
 from train.store import TokenStore, open_store
 from train.train_tokenizer import train_tokenizer
 
 RUN_FILE = "run.yaml"  # beside every model that was trained here
 DEFAULT_TOKENIZER = "weight/tokenizer"
 INTERRUPTED = 130
+NEWEST = "newest"
+CHAT_MODELS = ("weight/sft", "weight/reasoning")
+Log = Callable[[str], object]
 Sampler = Callable[[SmartHaoAI, BPETokenizer], list[tuple[str, str]]]
+
+
+def begin(settings: StageConfig, log: Log = print) -> tuple[BPETokenizer, HaoAIConfig]:
+    """The beginning of every stage: where it starts from, an out_dir that may be written to, tokenizer and shape of the model."""
+    if settings.model_dir == NEWEST:
+        settings.model_dir = newest_chat_model()
+        log(f"starting from {settings.model_dir}")
+    open_out_dir(settings)
+    tokenizer = load_tokenizer(settings, log)
+    return tokenizer, model_config(settings, tokenizer)
+
+
+def newest_chat_model() -> str:
+    """The finished chat model that was written last; weight/sft when there is none."""
+    there = [folder for folder in CHAT_MODELS if (Path(folder) / "config.json").is_file()]
+    return max(there, key=lambda folder: (Path(folder) / "config.json").stat().st_mtime, default=CHAT_MODELS[0])
 
 
 def open_out_dir(settings: StageConfig) -> None:
@@ -54,7 +78,7 @@ def clear_out_dir(settings: StageConfig) -> None:
         shutil.rmtree(settings.out_dir)
 
 
-def load_tokenizer(settings: StageConfig, log: Callable[[str], object] = print) -> BPETokenizer:
+def load_tokenizer(settings: StageConfig, log: Log = print) -> BPETokenizer:
     """tokenizer_dir, else the checkpoint's, else weight/tokenizer, which is trained first when it is missing."""
     if settings.tokenizer_dir is not None:
         return BPETokenizer.from_pretrained(settings.tokenizer_dir)
@@ -78,7 +102,12 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
         for name, value in settings.model_shape().items():
             if name in settings.model and getattr(config, name) != value and name not in _added_parts(settings, config):
                 raise UsageError(f"model.{name}={value!r} does not fit the checkpoint {folder}, which has {getattr(config, name)!r}")
-        config = replace(config, **_added_parts(settings, config))
+        added = _added_parts(settings, config)
+        if added and settings.lora.r:
+            raise UsageError(f"model.{min(added)}: an adapter's base stays as it is; train the new part first, without lora.r")
+        config = replace(config, **added)
+    elif settings.lora.r:
+        raise UsageError(f"lora.r={settings.lora.r} needs model_dir: an adapter changes a finished model")
     else:
         shape = {"eos_token_id": tokenizer.eos_token_id, **settings.model_shape(), "vocab_size": tokenizer.vocab_size}
         shape["max_position_embeddings"] = max(shape.get("max_position_embeddings", 0), settings.data.max_length)
@@ -98,26 +127,34 @@ def _added_parts(settings: StageConfig, config: HaoAIConfig) -> dict[str, Any]:
     return added_parts(config, {name: value for name, value in settings.model_shape().items() if name in settings.model})
 
 
-def make_model(settings: StageConfig, config: HaoAIConfig) -> SmartHaoAI:
-    """A new model with seeded weights, or the checkpoint's."""
+def make_model(settings: StageConfig, config: HaoAIConfig, make: type[SmartHaoAI] = SmartHaoAI) -> SmartHaoAI:
+    """A new model of class `make` with seeded weights, or the checkpoint's."""
     seed_everything(settings.train.seed)
-    if settings.model_dir is not None:
-        return SmartHaoAI.from_pretrained(settings.model_dir, **_added_parts(settings, load_config(find_model(settings.model_dir))))
-    return SmartHaoAI(config)
+    if settings.model_dir is None:
+        return make(config)
+    model = make.from_pretrained(settings.model_dir, **_added_parts(settings, load_config(find_model(settings.model_dir))))
+    if settings.lora.r:
+        inject_lora(model, settings.lora, Path(settings.model_dir).as_posix())
+    return model
 
 
-def print_plan(
-    settings: StageConfig, config: HaoAIConfig, source: BatchSource, store: TokenStore, log: Callable[[str], object] = print
-) -> None:
-    """What will run, before anything large is allocated."""
+def planned_adapter(settings: StageConfig, config: HaoAIConfig) -> Adapter | None:
+    """The adapter that `make_model` will train, without memory; None without. ValueError for targets that the model does not have."""
+    if not settings.lora.r:
+        return None
+    with torch.device("meta"):
+        return inject_lora(SmartHaoAI(config), settings.lora)
+
+
+def print_plan(settings: StageConfig, config: HaoAIConfig, source: BatchSource, summary: str, log: Log = print) -> None:
+    """What will run, before anything large is allocated. summary: the data in words."""
     train, data = settings.train, settings.data
     device = device_name(train.device)
-    account = config.account()
+    account, adapter = config.account(), planned_adapter(settings, config)
     rows = train.batch_size * train.accumulation_steps
     log(f"{stage_name(type(settings))}: {describe_machine(device)}")
     log(account.table(data.max_length))
-    held = f", {store.val.token_count:,} held out" if len(store.val) else ", none held out (too few documents)"
-    log(f"  data       {store.train.token_count:,} tokens in {len(store.train):,} documents{held}")
+    log(f"  data       {summary}")
     if train.max_steps:
         length = f"{train.max_steps:,} steps"
     elif train.max_minutes:
@@ -126,11 +163,21 @@ def print_plan(
         length = f"{train.epochs:g} epochs, {max(1, round(train.epochs * source.rows_per_epoch() / rows)):,} steps"
     log(
         f"  run        {length} of {rows} x {data.max_length} = {rows * data.max_length:,} tokens; "
-        f"{train.optimizer}, peak rate {train.lr:g}, {train.schedule}"
+        f"{train.optimizer if adapter is None else 'adamw'}, peak rate {train.lr:g}, {train.schedule}"
     )
-    need, there = account.training_bytes(train.batch_size, data.max_length), total_memory() if device == "cpu" else None
+    learning = 0 if adapter is None else adapter.num_parameters()
+    if adapter is not None:
+        names = " ".join(dict.fromkeys(name for factors in adapter.layers.values() for name in factors))
+        kind = "DoRA" if settings.lora.dora else "LoRA"
+        log(
+            f"  adapter    {kind} of rank {settings.lora.r} on {names}: {learning:,} parameters learn, "
+            f"{learning / account.parameters:.1%} of the model's, which is frozen"
+        )
+    need = account.training_bytes(train.batch_size, data.max_length, adapter=learning)
+    there = total_memory() if device == "cpu" else None
     log(f"  memory     about {need / 2**20:,.0f} MiB for the step" + (f" of {there / 2**20:,.0f} MiB" if there else ""))
-    if settings.model_dir is not None and train.optimizer == "muon" and not (find_model(settings.model_dir) / RUN_FILE).is_file():
+    foreign = settings.model_dir is not None and not (find_model(settings.model_dir) / RUN_FILE).is_file()
+    if foreign and train.optimizer == "muon" and adapter is None:
         log(
             f"  note       {settings.model_dir} was not trained here: muon at a rate of {train.lr:g} suits fresh models and can spoil a "
             "finished one; gentle: train.optimizer=adamw train.lr=5e-5"
@@ -144,116 +191,152 @@ def print_plan(
         log("  warning    this does not fit: lower train.batch_size (and raise train.accumulation_steps), or data.max_length")
 
 
-def run_lm_stage(settings: StageConfig, kind: str, spec: Any, sample: Sampler, log: Callable[[str], object] = print) -> int:
+def run_lm_stage(settings: StageConfig, kind: str, spec: Any, sample: Sampler, log: Log = print) -> int:
     """Pretraining and SFT: next-token loss on a token store. Returns the exit status.
 
     kind is the store's ("pretrain" or "sft"), spec the files; sample shows what the model says.
     """
-    open_out_dir(settings)
-    tokenizer = load_tokenizer(settings, log)
-    config = model_config(settings, tokenizer)
+    tokenizer, config = begin(settings, log)
     store = open_store(spec, tokenizer, kind, settings.data, log, val_share=0.0 if settings.data.val_file else None)
     source = make_source(store, settings, tokenizer.pad_token_id, log=log)
-    print_plan(settings, config, source, store, log)
+    print_plan(settings, config, source, store.summary(), log)
     if settings.dry_run:
-        log("  time       " + _estimate(settings, config, source))
+        print_estimate(settings, config, source, lm_loss, log)
         return 0
     model = make_model(settings, config)
-    evaluate = _evaluation(settings, store, tokenizer, kind, log)
-    clear_out_dir(settings)
-    result = fit(settings, model, source, lm_loss, evaluate, tokenizer=tokenizer, sample=lambda m: sample(m, tokenizer), log=log)
-    if result.interrupted:
-        log(f"stopped at step {result.step} of {result.total_steps}; go on with --resume")
-        return INTERRUPTED
-    samples = sample(model.eval(), tokenizer)
-    finish(settings, model, tokenizer, result, samples, store)
-    log(
-        f"{settings.out_dir}: {result.step:,} steps, {result.tokens:,} tokens in {format_minutes(result.seconds)}"
-        + (
-            f", held-out loss {result.last['val_loss']:.3f}, {result.last['val_bpb']:.3f} bits per byte"
-            if "val_loss" in result.last
-            else ""
-        )
-    )
-    for prompt, answer in samples:
-        log(f"  {prompt!r} -> {answer.strip()!r}")
-    return 0
+    evaluate = next_token_evaluation(settings, store, tokenizer, log)
+    return run_stage(settings, tokenizer, model, source, lm_loss, evaluate, sample, data=store.origin(), log=log)
 
 
-def _estimate(settings: StageConfig, config: HaoAIConfig, source: BatchSource) -> str:
-    """Minutes of the run, from a few real steps of a model that is then thrown away."""
-    import time
-
-    from train.loop import BUDGET_RESERVE
-    from train.runtime import choose_precision
-
-    train = settings.train
-    device = device_name(train.device)
-    model = make_model(settings, config).to(device).train()
-    batch = source.next_batch(1.0).to(device)
-
-    def step() -> None:
-        lm_loss(model, batch)[0].total.backward()
-        model.zero_grad(set_to_none=True)
-
-    precision = choose_precision(train, device, step)
-    with precision.autocast():
-        step()
-        start = time.perf_counter()
-        step()
-        seconds = (time.perf_counter() - start) * train.accumulation_steps
-    rate = f"{batch.real / (seconds / train.accumulation_steps):,.0f} tokens/s in {precision.name} ({precision.reason})"
-    if train.max_minutes and not train.max_steps:
-        return f"{train.max_minutes:g} minutes, about {int(train.max_minutes * 60 * BUDGET_RESERVE / seconds):,} steps at {rate}"
-    steps = train.max_steps or max(1, round(train.epochs * source.rows_per_epoch() / (train.batch_size * train.accumulation_steps)))
-    return f"about {format_minutes(steps * seconds)} at {rate}"
-
-
-def _evaluation(
-    settings: StageConfig, store: TokenStore, tokenizer: BPETokenizer, kind: str, log: Callable[[str], object]
-) -> Evaluate | None:
-    if settings.data.val_file:
-        store = open_store(settings.data.val_file, tokenizer, kind, settings.data, log, val_share=0.0)
-    split = "train" if settings.data.val_file else "val"
-    if not len(getattr(store, split)):
+def next_token_evaluation(settings: StageConfig, store: TokenStore, tokenizer: BPETokenizer, log: Log) -> Evaluate | None:
+    """Loss and bits per byte of the held-out data; None when there is none."""
+    held_out = held_out_store(settings, store, tokenizer, log)
+    if held_out is None:
         return None
-    batches = evaluation_batches(make_source(store, settings, tokenizer.pad_token_id, split), settings.train.eval_tokens)
+    source = make_source(held_out[0], settings, tokenizer.pad_token_id, held_out[1])
+    batches = evaluation_batches(source, settings.train.eval_tokens)
     lengths = torch.tensor(tokenizer.token_byte_lengths())
     device = device_name(settings.train.device)
     return lambda model: held_out_loss(model, batches, lengths, device)
 
 
+def run_stage(
+    settings: StageConfig,
+    tokenizer: BPETokenizer,
+    model: SmartHaoAI,
+    source: BatchSource,
+    loss_fn: LossFunction,
+    evaluate: Evaluate | None = None,
+    sample: Sampler | None = None,
+    *,
+    data: str,
+    prepare: Prepare | None = None,
+    facts: Callable[[], dict[str, Any]] | None = None,
+    log: Log = print,
+) -> int:
+    """From the first step to the finished checkpoint in out_dir. Returns the exit status.
+
+    data: the files in words, for the report. prepare: as for `fit`. facts: what else the report tells, asked at the end.
+    """
+    clear_out_dir(settings)
+    show = None if sample is None else lambda m: sample(m, tokenizer)
+    result = fit(settings, model, source, loss_fn, evaluate, tokenizer=tokenizer, sample=show, prepare=prepare, log=log)
+    if result.interrupted:
+        log(f"stopped at step {result.step} of {result.total_steps}; go on with --resume")
+        return INTERRUPTED
+    model.eval()
+    samples = [] if sample is None else sample(model, tokenizer)
+    finish(settings, model, tokenizer, result, samples, data, {} if facts is None else facts())
+    texts = {"val_loss": "held-out loss {:.3f}", "val_bpb": "{:.3f} bits per byte", "val_accuracy": "held-out accuracy {:.3f}"}
+    known = [text.format(result.last[name]) for name, text in texts.items() if name in result.last]
+    done = f"{result.step:,} steps, {result.tokens:,} tokens in {format_minutes(result.seconds)}"
+    log(f"{settings.out_dir}: " + ", ".join([done, *known]))
+    for prompt, answer in samples:
+        log(f"  {prompt!r} -> {answer.strip()!r}")
+    return 0
+
+
+def held_out_store(settings: StageConfig, store: TokenStore, tokenizer: BPETokenizer, log: Log = print) -> tuple[TokenStore, str] | None:
+    """The store of the held-out data and its split: data.val_file's, else what the training data kept back; None when that is none."""
+    split = "val"
+    if settings.data.val_file:
+        store, split = open_store(settings.data.val_file, tokenizer, store.kind, settings.data, log, val_share=0.0), "train"
+    return (store, split) if len(getattr(store, split)) else None
+
+
+def print_estimate(
+    settings: StageConfig,
+    config: HaoAIConfig,
+    source: BatchSource,
+    loss_fn: LossFunction,
+    log: Log = print,
+    make: type[SmartHaoAI] = SmartHaoAI,
+) -> None:
+    """--dry-run: the time of the run, from a few real steps of a model that is then thrown away."""
+    train = settings.train
+    device = device_name(train.device)
+    model = make_model(settings, config, make).to(device).train()
+    batch = source.next_batch(1.0).to(device)
+
+    def step() -> None:
+        terms = loss_fn(model, batch)
+        torch.stack([term.total for term in terms if not term.metric]).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    precision = choose_precision(train, device, step)
+    with precision.autocast():
+        step()
+        seconds = timed(step, device) * train.accumulation_steps
+    rate = f"{batch.real / (seconds / train.accumulation_steps):,.0f} tokens/s in {precision.name} ({precision.reason})"
+    if train.max_minutes and not train.max_steps:
+        steps = int(train.max_minutes * 60 * BUDGET_RESERVE / seconds)
+        log(f"  time       {train.max_minutes:g} minutes, about {steps:,} steps at {rate}")
+        return
+    steps = train.max_steps or max(1, round(train.epochs * source.rows_per_epoch() / (train.batch_size * train.accumulation_steps)))
+    log(f"  time       about {format_minutes(steps * seconds)} at {rate}")
+
+
 def finish(
-    settings: StageConfig, model: SmartHaoAI, tokenizer: BPETokenizer, result: FitResult, samples: list[tuple[str, str]], store: TokenStore
+    settings: StageConfig,
+    model: SmartHaoAI,
+    tokenizer: BPETokenizer,
+    result: FitResult,
+    samples: list[tuple[str, str]],
+    data: str,
+    more: dict[str, Any],
 ) -> None:
     """Write the finished checkpoint with its report and model card."""
     out = Path(settings.out_dir)
     facts = {
         "started from": settings.model_dir or "random weights",
         "parameters": f"{model.num_parameters():,}",
-        "data": ", ".join(f"{s.path}" + (f" (x{s.weight:g})" if s.weight != 1 else "") for s in store.sources),
+        "of these trained, an adapter": None if model.adapter is None else f"{model.adapter.num_parameters():,}",
+        "data": data,
         "tokens seen": f"{result.tokens:,} in {result.step:,} steps",
         "precision": result.precision,
         "machine": describe_machine(device_name(settings.train.device)),
         "loss at the end": _rounded(result.last.get("loss")),
         "held-out loss": _rounded(result.last.get("val_loss")),
         "held-out bits per byte": _rounded(result.last.get("val_bpb")),
+        "held-out accuracy": _rounded(result.last.get("val_accuracy")),
         "tokens per second": _rounded(result.last.get("tokens_per_second"), 0),
         "real tokens in the rows": _rounded(result.last.get("real_token_share"), 4),
         "peak memory, MiB": _rounded(result.last.get("peak_memory_mb"), 0),
+        **more,
     }
     write_report(out, f"{stage_name(type(settings))} run", facts, samples, result.seconds)
-    atomic_write_text(out / "README.md", _model_card(settings, facts))
+    atomic_write_text(out / "README.md", _model_card(settings, facts, type(model).__name__))
     model.save_pretrained(out, tokenizer)
 
 
-def _model_card(settings: StageConfig, facts: dict[str, Any]) -> str:
+def _model_card(settings: StageConfig, facts: dict[str, Any], loader: str) -> str:
     licences = sorted({str(p) for f in facts["data"].split(", ") for p in _sources_notes(Path(f.split(" (x")[0]))})
     lines = [
         "# A SmartHaoAI model",
         "",
         f"Stage: {stage_name(type(settings))}. A small language model trained from scratch on one machine; it makes mistakes,",
-        "knows little, and is meant for study. Load it with `SmartHaoAI.from_pretrained`, `python chat.py --model`, or `transformers`.",
+        f"knows little, and is meant for study. Load it with `{loader}.from_pretrained`"
+        + (", `python chat.py --model`, or `transformers`." if loader == "SmartHaoAI" else " or `transformers`."),
         "",
         "## Results and settings",
         "",

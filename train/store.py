@@ -1,9 +1,11 @@
-"""TokenStore: text or conversations as token ids in memory-mapped files, built once and found again by content.
+"""TokenStore: text, conversations or answers as token ids in memory-mapped files, built once and found again by content.
 
 A store is a folder `<store_dir>/<kind>-<hash>` with, for each of the splits train and val, `<split>.tokens.bin` (uint16 or
-uint32), `<split>.offsets.bin` (int64, where each document begins, and the end) and, for conversations, `<split>.mask.bin` (1
-where the token is learned). The hash covers the files' bytes, the tokenizer and the settings that matter. Memory does not grow
-with the corpus: rows are read, encoded on all cores and written in pieces of about a megabyte.
+uint32), `<split>.offsets.bin` (int64, where each document begins, and the end) and, but for text, `<split>.mask.bin` (1 where the
+token is learned). The kinds "preference" and "judged" hold documents in twos (see `train.documents`), and of each document its line
+(`<split>.lines.bin`, int64) and value (`<split>.values.bin`, float32). The hash covers the files' bytes, the tokenizer and the
+settings that matter. Memory does not grow with the corpus: rows are read, encoded on all cores and written in pieces of about a
+megabyte.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from model.files import atomic_directory, recover_directory
 from model.tokenizer import BPETokenizer
 from train.config import DataConfig
 from train.data_files import DataFile, expand_paths, is_token_file, read_token_ids
-from train.formats import BadRows, Conversation, as_conversation, as_text, read_samples
+from train.documents import Document, Encoded, as_judged, encode_judged, encode_pairs, held_out
+from train.formats import BadRows, Conversation, Judged, Preference, as_conversation, as_preference, as_text, read_samples
 
 VERSION = 1
 PIECE_CHARACTERS = 1_000_000
 SPLITS = ("train", "val")
-Encoded = tuple[list[int], list[bool] | None]
+PAIRED = {"mask": "uint8", "lines": "int64", "values": "float32"}
+PARTS: dict[str, dict[str, str]] = {"pretrain": {}, "sft": {"mask": "uint8"}, "preference": PAIRED, "judged": PAIRED}
+WANTED = {"pretrain": "text", "sft": "conversation", "preference": "{prompt, chosen, rejected}", "judged": "judged"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ class Source:
 
 
 class Split:
-    """Documents of one split: `tokens(i)` (n,) integers, `mask(i)` (n,) booleans or None, `lengths` (N,)."""
+    """Documents of one split: `tokens(i)` (n,) integers, `mask(i)` (n,) booleans or None, `lengths` (N,); where the kind has them
+    `lines` and `values` (N,)."""
 
-    def __init__(self, folder: Path, name: str, dtype: str, masked: bool) -> None:
+    def __init__(self, folder: Path, name: str, dtype: str, kind: str) -> None:
         self.offsets = np.fromfile(folder / f"{name}.offsets.bin", dtype=np.int64)
         self._tokens = _memory_map(folder / f"{name}.tokens.bin", dtype)
-        self._mask = _memory_map(folder / f"{name}.mask.bin", "uint8") if masked else None
+        parts = {part: _memory_map(folder / f"{name}.{part}.bin", of) for part, of in PARTS[kind].items()}
+        self._mask, self.lines, self.values = (parts.get(part) for part in ("mask", "lines", "values"))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -77,14 +84,29 @@ class TokenStore:
     def __init__(self, folder: Path, weights: dict[str, float] | None = None) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.folder, self.kind, self.bad = folder, meta["kind"], int(meta["bad"])
-        self.train, self.val = (Split(folder, name, meta["dtype"], meta["kind"] == "sft") for name in SPLITS)
+        self.train, self.val = (Split(folder, name, meta["dtype"], meta["kind"]) for name in SPLITS)
         self.sources = [Source(s["path"], (weights or {}).get(s["path"], 1.0), {n: tuple(s[n]) for n in SPLITS}) for s in meta["sources"]]
+
+    def summary(self) -> str:
+        """What it holds, in words."""
+        held = f", {self.val.token_count:,} held out" if len(self.val) else ", none held out (too few documents)"
+        return f"{self.train.token_count:,} tokens in {len(self.train):,} documents{held}"
+
+    def where(self, split: str, document: int) -> str:
+        """file:line of a document of a kind that keeps lines."""
+        lines = getattr(self, split).lines
+        path = next(s.path for s in self.sources if s.ranges[split][0] <= document < s.ranges[split][1])
+        return f"{path}:{int(lines[document])}"
+
+    def origin(self) -> str:
+        """The files it was made from, with their weights."""
+        return ", ".join(f"{s.path}" + (f" (x{s.weight:g})" if s.weight != 1 else "") for s in self.sources)
 
 
 def open_store(
     spec: Any, tokenizer: BPETokenizer, kind: str, data: DataConfig, log: Callable[[str], object] = print, val_share: float | None = None
 ) -> TokenStore:
-    """The store of the files that `spec` names, built when it is not there. kind is "pretrain" or "sft".
+    """The store of the files that `spec` names, built when it is not there. kind is "pretrain", "sft", "preference" or "judged".
 
     Raises FileNotFoundError for missing files; ValueError when no row is usable, or with data.strict when any is not.
     """
@@ -117,11 +139,6 @@ def file_digest(path: Path) -> bytes:
     return digest.digest()
 
 
-def held_out(document: bytes, share: float) -> bool:
-    """Whether a document belongs to the held-out part: decided by its own hash, so that it is the same in every run."""
-    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") < share * 2**64
-
-
 def _build(
     folder: Path, files: list[DataFile], tokenizer: BPETokenizer, kind: str, share: float, strict: bool, log: Callable[[str], object]
 ) -> None:
@@ -129,13 +146,13 @@ def _build(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     sources: list[dict[str, Any]] = []
     with atomic_directory(folder) as temporary:
-        writers = {name: _Writer(temporary, name, dtype, masked=kind == "sft") for name in SPLITS}
+        writers = {name: _Writer(temporary, name, dtype, PARTS[kind]) for name in SPLITS}
         total = sum(file.path.stat().st_size for file in files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar:
             for file in files:
                 first = {name: writer.count for name, writer in writers.items()}
-                for is_val, (ids, mask) in _documents(file.path, tokenizer, kind, share, bad):
-                    writers["val" if is_val else "train"].add(ids, mask)
+                for document in _documents(file.path, tokenizer, kind, share, bad):
+                    writers["val" if document.held_out else "train"].add(document)
                 bar.update(file.path.stat().st_size)
                 sources.append({"path": str(file.path), **{n: [first[n], writers[n].count] for n in SPLITS}})
         counts = {name: writer.close() for name, writer in writers.items()}
@@ -147,8 +164,8 @@ def _build(
             )
         if counts["train"][0] == 0:
             names = ", ".join(str(f.path) for f in files[:3])
-            wanted = "text" if kind == "pretrain" else "conversation"
-            raise ValueError(f"no usable {wanted} row in {names}; `python -m tools.check_data` shows what each file holds")
+            example = f" (the first bad row: {bad.first[0].path}:{bad.first[0].line}: {bad.first[0].reason})" if bad.first else ""
+            raise ValueError(f"no usable {WANTED[kind]} row in {names}{example}; `python -m tools.check_data` shows what each file holds")
         meta = {"kind": kind, "dtype": dtype, "bad": bad.total, "sources": sources}
         (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
     log(
@@ -157,22 +174,23 @@ def _build(
     )
 
 
-def _documents(path: Path, tokenizer: BPETokenizer, kind: str, share: float, bad: BadRows) -> Iterator[tuple[bool, Encoded]]:
-    """(held out?, (ids, learned mask or None)) of every document of a file."""
+def _documents(path: Path, tokenizer: BPETokenizer, kind: str, share: float, bad: BadRows) -> Iterator[Document]:
+    """Every document of a file."""
     if is_token_file(path):
-        if kind == "sft":
-            raise ValueError(f"{path} holds ready token ids; fine-tuning needs conversations, to know which words are the assistant's")
+        if kind != "pretrain":
+            raise ValueError(f"{path} holds ready token ids; this stage needs conversations, to know which words are the assistant's")
         yield from _token_documents(path, tokenizer, share)
     elif kind == "pretrain":
         texts = (text for _, text in read_samples(path, bad, as_text))
         yield from _in_pieces(texts, len, lambda piece: _encode_texts(piece, tokenizer, share))
     else:
-        conversations = read_samples(path, bad, as_conversation)
-        for line, row in _in_pieces(conversations, _conversation_size, lambda piece: _encode_conversations(piece, tokenizer, share)):
+        convert, encode = _ROWS[kind]
+        rows = read_samples(path, bad, convert)
+        for line, row in _in_pieces(rows, _row_size, lambda piece: encode(piece, tokenizer, share)):
             if isinstance(row, str):
                 bad.add(path, line, row)
             else:
-                yield row
+                yield from row
 
 
 def _in_pieces(items: Iterable[Any], size: Callable[[Any], int], encode: Callable[[list[Any]], list[Any]]) -> Iterator[Any]:
@@ -195,19 +213,17 @@ def _in_pieces(items: Iterable[Any], size: Callable[[Any], int], encode: Callabl
             yield from waiting.popleft().result()
 
 
-def _encode_texts(texts: list[str], tokenizer: BPETokenizer, share: float) -> list[tuple[bool, Encoded]]:
+def _encode_texts(texts: list[str], tokenizer: BPETokenizer, share: float) -> list[Document]:
     """A document is its text between a beginning, which gives its first word something to follow (ours: the document-end token;
     a tokenizer with a BOS: that), and a document-end token."""
     start, end = tokenizer.document_start(), tokenizer.document_end_id
     encoded = tokenizer.encode_batch(texts)
-    return [(held_out(text.encode("utf-8"), share), ([*start, *ids, end], None)) for text, ids in zip(texts, encoded, strict=True)]
+    return [Document(held_out(text.encode("utf-8"), share), [*start, *ids, end]) for text, ids in zip(texts, encoded, strict=True)]
 
 
-def _encode_conversations(
-    conversations: list[tuple[int, Conversation]], tokenizer: BPETokenizer, share: float
-) -> list[tuple[int, tuple[bool, Encoded] | str]]:
-    """(line, row) of every row to train on, or (line, reason) for a conversation that the chat template cannot write."""
-    rows: list[tuple[int, tuple[bool, Encoded] | str]] = []
+def _encode_conversations(conversations: list[tuple[int, Conversation]], tokenizer: BPETokenizer, share: float) -> Encoded:
+    """The documents to train on, or the reason why the chat template cannot write a conversation."""
+    rows: Encoded = []
     for line, conversation in conversations:
         key = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, sort_keys=True).encode("utf-8")
         is_val = held_out(key, share)
@@ -217,8 +233,15 @@ def _encode_conversations(
         except ValueError as error:
             rows.append((line, str(error)))
         else:
-            rows += [(line, (is_val, (r.ids, r.loss_mask))) for r in rendered]
+            rows.append((line, [Document(is_val, r.ids, r.loss_mask, line) for r in rendered]))
     return rows
+
+
+_ROWS: dict[str, tuple[Callable[[Any], Any], Callable[[list[Any], BPETokenizer, float], Encoded]]] = {
+    "sft": (as_conversation, _encode_conversations),
+    "preference": (as_preference, encode_pairs),
+    "judged": (as_judged, encode_judged),
+}
 
 
 def training_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], set[int]]]:
@@ -245,11 +268,16 @@ def _reasons(message: dict[str, Any]) -> bool:
     return bool(message.get("reasoning_content")) or "</think>" in (message.get("content") or "")
 
 
-def _conversation_size(numbered: tuple[int, Conversation]) -> int:
-    return sum(len(m.get("content") or "") + len(m.get("reasoning_content") or "") + 20 for m in numbered[1].messages)
+def _row_size(numbered: tuple[int, Conversation | Preference | list[Judged]]) -> int:
+    row = numbered[1]
+    if isinstance(row, list):
+        messages = [message for judged in row for message in (*judged.prompt, *judged.completion)]
+    else:
+        messages = row.messages if isinstance(row, Conversation) else [*row.prompt, *row.chosen, *row.rejected]
+    return sum(len(m.get("content") or "") + len(m.get("reasoning_content") or "") + 20 for m in messages)
 
 
-def _token_documents(path: Path, tokenizer: BPETokenizer, share: float) -> Iterator[tuple[bool, Encoded]]:
+def _token_documents(path: Path, tokenizer: BPETokenizer, share: float) -> Iterator[Document]:
     ids = read_token_ids(path)
     beginning, end = tokenizer.document_start(), tokenizer.document_end_id
     for at in range(0, len(ids), PIECE_CHARACTERS):
@@ -261,27 +289,27 @@ def _token_documents(path: Path, tokenizer: BPETokenizer, share: float) -> Itera
             if words.size and words[0] == beginning[0]:
                 words = words[1:]
             if words.size:
-                yield held_out(words.tobytes(), share), ([*beginning, *words.tolist(), end], None)
+                yield Document(held_out(words.tobytes(), share), [*beginning, *words.tolist(), end])
 
 
 class _Writer:
     """Appends documents to the files of one split."""
 
-    def __init__(self, folder: Path, name: str, dtype: str, masked: bool) -> None:
-        self.dtype = dtype
+    def __init__(self, folder: Path, name: str, dtype: str, parts: dict[str, str]) -> None:
+        self.dtypes = {"tokens": dtype, "offsets": "int64", **parts}
         self.count = self.tokens = 0
-        self._files: dict[str, IO[bytes]] = {
-            part: open(folder / f"{name}.{part}.bin", "wb") for part in ("tokens", "offsets", *(["mask"] if masked else []))
-        }
-        self._files["offsets"].write(np.int64(0).tobytes())
+        self._files: dict[str, IO[bytes]] = {part: open(folder / f"{name}.{part}.bin", "wb") for part in self.dtypes}
+        self._write("offsets", 0)
 
-    def add(self, ids: list[int], mask: list[bool] | None) -> None:
-        self._files["tokens"].write(np.asarray(ids, dtype=self.dtype).tobytes())
-        if mask is not None:
-            self._files["mask"].write(np.asarray(mask, dtype=np.uint8).tobytes())
+    def add(self, document: Document) -> None:
         self.count += 1
-        self.tokens += len(ids)
-        self._files["offsets"].write(np.int64(self.tokens).tobytes())
+        self.tokens += len(document.ids)
+        values = {"tokens": document.ids, "offsets": self.tokens, "mask": document.mask, "lines": document.line, "values": document.value}
+        for part in self._files:
+            self._write(part, values[part])
+
+    def _write(self, part: str, values: Any) -> None:
+        self._files[part].write(np.asarray(values, dtype=self.dtypes[part]).tobytes())
 
     def close(self) -> tuple[int, int]:
         for file in self._files.values():

@@ -24,6 +24,7 @@ ROLES = {
 # characters, and `BPETokenizer.render` keeps those of a message apart from the template's own.
 _FORBIDDEN = re.compile("[\ud800-\udfff]")
 _TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_SECTIONS = re.compile(r"【推理过程】(.*?)\n\s*【最终答案】(.*)", re.DOTALL)
 
 
 class RowError(ValueError):
@@ -102,8 +103,10 @@ def assistant_turn(
 
 def _split_thinking(content: str, where: str) -> tuple[str, str]:
     """`<think>a</think><answer>b</answer>` -> (a, b); also without <answer>, or without the opening <think> that some
-    templates supply. Anything else comes back untouched as the answer."""
+    templates supply, or under the headings 【推理过程】 and 【最终答案】. Anything else comes back untouched as the answer."""
     text = content.strip()
+    if sections := _SECTIONS.fullmatch(text):
+        return sections[1].strip(), sections[2].strip()
     opened, closed = "<think>" in text, "</think>" in text
     if not opened and not closed and not text.startswith("<answer>"):
         return "", content

@@ -1,9 +1,7 @@
-"""Fixtures for the model's tests: a fresh random seed, printed when a test fails, and models whose parts all matter."""
+"""Fixtures for the model's tests: models whose parts all matter."""
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +11,6 @@ import torch
 from model import HaoAIConfig, RMSNorm, SmartHaoAI
 
 ModelMaker = Callable[..., SmartHaoAI]
-
-
-@pytest.fixture
-def seed() -> int:
-    """A new seed for every test; set TEST_SEED to repeat a failure."""
-    value = int(os.environ.get("TEST_SEED") or secrets.randbelow(2**31))
-    print(f"TEST_SEED={value}")
-    torch.manual_seed(value)
-    return value
 
 
 @pytest.fixture(scope="session")

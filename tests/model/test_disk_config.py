@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from model import HaoAIConfig, SmartHaoAI
-from model.disk_config import ABSENT, FIELD_NAMES, SIZES, config_from_disk, config_to_disk, load_config, model_type, portability_notes
+from model.disk_config import ABSENT, FIELD_NAMES, SIZES, config_from_disk, config_to_disk, model_type, portability_notes, read_config
 
 FILE = Path("somewhere/config.json")
 SPARSE: dict[str, Any] = {"n_expert": 4, "n_expert_per_token": 2, "moe_intermediate_size": 24}
@@ -103,7 +103,7 @@ def test_absent_fields_mean_what_transformers_assumes(kind: str, tmp_path: Path)
     transformers = pytest.importorskip("transformers")
     data = {k: v for k, v in BARE.items() if k != "num_key_value_heads"} | {"num_attention_heads": 32, "hidden_size": 64}
     (tmp_path / "config.json").write_text(json.dumps({**data, "model_type": kind}), encoding="utf-8")
-    ours, theirs = load_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    ours, theirs = read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
     heads = theirs.num_attention_heads
     assert (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads) == ours.head_dim
     for name, their_name in FIELD_NAMES.items():

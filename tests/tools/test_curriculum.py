@@ -21,7 +21,8 @@ from tools.curriculum import (
     score,
     stories,
 )
-from tools.curriculum.probe_set import GREETING_ENDS, HOW_STARTS, IDENTITY, KINDS, LANGUAGES, STARTS, Probe, wilson
+from tools.curriculum.probe_set import GREETING_ENDS, HOW_STARTS, IDENTITY, KINDS, LANGUAGES, STARTS, Probe
+from train.statistics import wilson
 
 ROWS = 50_000
 PAIR = re.compile(r"(?<!\d)(\d+) ?(\+|-|×|plus|minus|times|加|减|乘) ?(\d+)(?!\d)")

@@ -62,6 +62,7 @@ def run(tmp_path: Path, stores: dict[str, TokenStore], tiny_tokenizer: BPETokeni
         dropout: float = 0.0,
         evaluate: Any = None,
         sample: Any = None,
+        prepare: Any = None,
         max_length: int = 32,
         **train: Any,
     ) -> tuple[SmartHaoAI, FitResult]:
@@ -98,7 +99,8 @@ def run(tmp_path: Path, stores: dict[str, TokenStore], tiny_tokenizer: BPETokeni
             )
         )
         source = make_source(stores[kind], settings, tiny_tokenizer.pad_token_id)
-        return model, fit(settings, model, source, loss, evaluate, tokenizer=tiny_tokenizer, sample=sample, log=lambda text: None)
+        hooks = {"sample": sample, "prepare": prepare}
+        return model, fit(settings, model, source, loss, evaluate, tokenizer=tiny_tokenizer, log=lambda text: None, **hooks)
 
     return run
 
@@ -189,6 +191,53 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert largest_difference(straight, resumed) == 0.0
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "straight")
     assert [p.name for p in list_checkpoints(tmp_path / "parts")] == [f"step_{s:06d}" for s in [*stops, 8]]
+
+
+def test_a_metric_is_logged_and_changes_nothing(run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards metric terms: over their own weight, summed over micro-batches and the steps of a row, never differentiated, and kept over
+    a stop between two rows."""
+
+    def measured(model: SmartHaoAI, batch: Batch) -> list[Term]:
+        loss = lm_loss(model, batch)[0]
+        norm = next(model.parameters()).square().sum()
+        return [loss, Term("again", loss.total * 2, "tokens", metric=True), Term("norm", norm, "micro_batches", metric=True)]
+
+    options: dict[str, Any] = {"accumulation_steps": 2, "max_steps": 6}
+    plain, _ = run("plain", "sft", **options)
+    watched, _ = run("watched", "sft", loss=measured, **options)
+    assert largest_difference(plain, watched) == 0.0
+    rows = rows_of(tmp_path / "watched")
+    assert len(rows) == 2 and all(row["again"] == pytest.approx(2 * row["loss"], rel=1e-6) for row in rows)
+    assert all(0 < row["norm"] < 100 for row in rows)
+    stop = loop.StopRequest()
+    calls: list[int] = []
+
+    def stopped(model: SmartHaoAI, batch: Batch) -> list[Term]:
+        calls.append(1)
+        stop.requested |= len(calls) == 4
+        return measured(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", lambda: stop)
+        assert run("parts", "sft", loss=stopped, **options)[1].step == 2
+    run("parts", "sft", loss=measured, resume=True, **options)
+    assert rows_of(tmp_path / "parts") == rows
+
+
+def test_prepare_sees_the_starting_weights(run: Fit, tmp_path: Path) -> None:
+    """Guards references: asked for once, before the first step, and again on resuming with the weights the model came with."""
+    seen: list[tuple[float, str]] = []
+
+    def prepare(model: SmartHaoAI, precision: Any) -> None:
+        seen.append((float(next(model.parameters()).detach().sum()), precision.name))
+        torch.rand(7)  # what it draws must not change the run
+
+    plain, _ = run("plain", dropout=0.2, max_steps=4)
+    prepared, _ = run("prepared", dropout=0.2, max_steps=4, prepare=prepare)
+    assert largest_difference(plain, prepared) == 0.0
+    run("prepared", dropout=0.2, max_steps=5, resume=True, prepare=prepare)
+    assert len(seen) == 2 and seen[0] == seen[1] and seen[0][1] == "fp32"
+    assert seen[0][0] != float(next(prepared.parameters()).detach().sum())
 
 
 def test_rows_after_the_checkpoint_are_not_doubled(run: Fit, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from train import command_line
 from train import config as settings_module
 from train.config import (
     CONFIG_FOLDER,
@@ -16,7 +17,6 @@ from train.config import (
     PretrainConfig,
     SFTConfig,
     StageConfig,
-    TokenizerStageConfig,
     UsageError,
     help_text,
     known_names,
@@ -26,17 +26,18 @@ from train.config import (
     to_yaml,
 )
 
-STAGES = [TokenizerStageConfig, PretrainConfig, SFTConfig]
-
 
 def all_stages() -> dict[str, type[StageConfig]]:
     kinds = [k for k in vars(settings_module).values() if isinstance(k, type) and issubclass(k, StageConfig) and k is not StageConfig]
     return {stage_name(kind): kind for kind in kinds}
 
 
+STAGES = list(all_stages().values())
+
+
 def test_later_layers_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the order defaults < preset < config file < dotted words, whatever the order of the words."""
-    monkeypatch.setattr(settings_module, "CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr(command_line, "CONFIG_FOLDER", tmp_path)
     (tmp_path / "pretrain_tiny.yaml").write_text("train: {lr: 0.1, batch_size: 3, seed: 1}\nmodel: {n_layer: 3}\n", encoding="utf-8")
     file = tmp_path / "mine.yaml"
     file.write_text("train: {batch_size: 4, seed: 2}\n", encoding="utf-8")

@@ -89,6 +89,10 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def pair_rows(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{i} + {i + 1} = ?", "chosen": f"答案是 {2 * i + 1}。", "rejected": f"I do not know {i}."} for i in range(count)]
+
+
 def stage_environment() -> dict[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {

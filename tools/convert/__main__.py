@@ -1,10 +1,12 @@
-"""Write a checkpoint for other programs, or read a GGUF file as a checkpoint; then run the result and say how far it is from the original.
+"""Write a checkpoint for other programs, read a GGUF file as one, or merge an adapter into one; then run the result and say how far it is
+from the original.
 
     python -m tools.convert hf     weight/sft out_dir    --dtype bf16     # transformers
     python -m tools.convert gguf   weight/sft model.gguf --dtype q8_0     # llama.cpp, LM Studio
     python -m tools.convert ollama weight/sft out_dir    --dtype q8_0     # model.gguf and Modelfile
     python -m tools.convert onnx   weight/sft out_dir                     # onnxruntime, transformers.js
     python -m tools.convert import-gguf model.gguf out_dir --dtype bf16
+    python -m tools.convert merge-lora weight/lora out_dir                # an adapter and its base as one checkpoint
 
 Status 1 and a message when the result differs: token ids, or (for f32) log-probabilities by more than 1e-3 nats. The files stay.
 """
@@ -52,6 +54,7 @@ FORMATS = {
         "a folder (or, where OUT ends in .onnx, a file) for onnxruntime", ("f32", "f16"), "f32", True, "onnxruntime", EXPORT_EXTRA
     ),
     "ollama": Format("a folder with model.gguf and Modelfile", _GGUF_DTYPES, "f16", True, "llama.cpp", PARITY_EXTRA),
+    "merge-lora": Format("a checkpoint folder from an adapter and its base", ("f32", "bf16", "f16"), "f32", True, "this program", ""),
     "import-gguf": Format("a checkpoint folder from a GGUF file", ("f32", "bf16", "f16"), "f32", True, "llama.cpp", PARITY_EXTRA),
 }
 
@@ -96,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "import-gguf":
             command.add_argument("source", metavar="FILE", help="the GGUF file")
         else:
-            command.add_argument("source", metavar="DIR", help="checkpoint folder, or a hub name")
+            kind_of_folder = "folder of the adapter" if name == "merge-lora" else "checkpoint folder"
+            command.add_argument("source", metavar="DIR", help=f"{kind_of_folder}, or a hub name")
         command.add_argument("out", metavar="DIR" if name == "import-gguf" else "OUT", help="what to write")
         command.add_argument("--dtype", default=kind.default, help=f"{', '.join(kind.dtypes)} (default {kind.default})")
         command.add_argument("--no-check", action="store_true", help="do not run the result afterwards")
@@ -163,6 +167,10 @@ def _converter(args: argparse.Namespace) -> Callable[[Path, Path], object]:
         from tools.convert.ollama import export_ollama
 
         return lambda source, out: export_ollama(source, out, args.dtype)
+    if args.command == "merge-lora":
+        from tools.convert.merge_lora import merge_lora
+
+        return lambda source, out: merge_lora(source, out, args.dtype)
     from tools.convert.gguf_import import import_gguf
 
     return lambda source, out: import_gguf(source, out, args.dtype, overwrite=args.overwrite)
@@ -181,6 +189,10 @@ def _check(command: str, source: Path, out: Path) -> Comparison | None:
         from tools.convert.ollama import check_ollama
 
         return check_ollama(source, out)
+    if command == "merge-lora":
+        from tools.convert.merge_lora import check_merged
+
+        return check_merged(source, out)
     from tools.convert.gguf_check import check_gguf
 
     return check_gguf(out, source) if command == "import-gguf" else check_gguf(source, out)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.adapter_files import whole_model
 from model.checkpoint import CONFIG_FILE, GENERATION_FILE, find_model, load_config, load_pretrained, model_type
 from model.disk_config import smart_parts
 from model.files import sync
@@ -118,7 +119,7 @@ def _copy_beside(source: Path, target: Path, dtype: str) -> None:
     for name in BESIDE:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = json.loads((whole_model(source) / CONFIG_FILE).read_text(encoding="utf-8"))
     # What transformers.js cannot see in the graph: that the file's name has no suffix ("fp32", whatever the weights are), the cache's
     # type, and that there is a second file.
     hints: dict[str, Any] = {"dtype": "fp32", "kv_cache_dtype": "float16" if dtype == "f16" else "float32"}

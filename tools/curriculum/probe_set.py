@@ -5,13 +5,13 @@ for probe in probes(): passed = probe.check(answer_of(probe.messages))
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 from tools.curriculum import arithmetic, checks, dialogue, facts, stories
+from train.statistics import wilson
 
 KINDS = ("greeting", "identity", "fact", "sum", "story")
 LANGUAGES = ("en", "zh")
@@ -184,17 +184,6 @@ def probes(seed: int = 0, per_kind: int = 50) -> list[Probe]:
                 raise ValueError(f"per_kind is {per_kind}, but {lang} has {len(unique)} {kind} prompts; ask for fewer")
             found += unique[:per_kind]
     return found
-
-
-def wilson(passed: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share (95% for z = 1.96). Raises ValueError unless 0 <= passed <= total, total > 0."""
-    if not 0 <= passed <= total or total == 0:
-        raise ValueError(f"passed is {passed} of total {total}; need 0 <= passed <= total and total > 0")
-    share = passed / total
-    scale = 1 + z * z / total
-    middle = (share + z * z / (2 * total)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _cell(results: list[bool]) -> dict[str, float]:

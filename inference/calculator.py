@@ -1,0 +1,172 @@
+"""A calculator for text that nobody has checked: exact, bounded in time and memory, without eval.
+
+    calculate("(1 + 2) × 3.5")     # Fraction(21, 2)
+    read_number("-1,200.50")       # Fraction(-2401, 2)
+    check_steps("16 - 7 = 9, 3 * 4 = 13")   # [("16 - 7 = 9", True), ("3 * 4 = 13", False)]
+
+Numbers are fractions, so that 0.1 + 0.2 is 0.3. Known: + - * / × ÷ ^ ** ( ) and the full-width forms, decimals, thousands commas,
+percentages (50% is 1/2).
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+MAX_CHARACTERS = 200
+MAX_DEPTH = 30
+MAX_BITS = 1024
+MAX_EXPONENT = 256
+
+_WIDE = str.maketrans("＋－＊／×÷（）＝．％，−–・·０１２３４５６７８９", "+-*/*/()=.%,--**0123456789")
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|[-+*/^()%]))")
+_SIGNED = re.compile(rf"[-+]?(?:{_NUMBER})(?:\s*/\s*\d+)?\s*%?")
+_ARITHMETIC = re.compile(r"[-+*/^()=.,%\d\s]+")
+_BETWEEN = re.compile(r"\n|[.,]\s|(?<=[\d%)])\s+(?=[\d(])")  # two expressions in a row
+_OPERATION = re.compile(r"[\d%)]\s*[-+*/^]")
+
+
+class CalculatorError(ValueError):
+    """What was given is no expression, or one too large to work out; the message says which."""
+
+
+def calculate(expression: str) -> Fraction:
+    """The exact value of an arithmetic expression. Raises CalculatorError, also for a division by zero."""
+    if len(expression) > MAX_CHARACTERS:
+        raise CalculatorError(f"the expression has {len(expression)} characters, at most {MAX_CHARACTERS} are worked out")
+    return _Parser(expression.translate(_WIDE)).value()
+
+
+def read_number(text: str) -> Fraction | None:
+    """The number that a text consists of: 42, -1,200.5, 3/4, 12.5%, also with a currency sign; None when it is something else."""
+    text = text.translate(_WIDE).strip().strip("$¥￥€£").strip().rstrip(".。").strip()
+    if len(text) > MAX_CHARACTERS or not _SIGNED.fullmatch(text):
+        return None
+    try:
+        return calculate(text)
+    except CalculatorError:
+        return None
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    """All numbers of a text in their order; a minus counts as a sign only where no number or word stands directly before it."""
+    found = re.finditer(rf"(?:(?<![\w)%])-\s?)?(?:{_NUMBER})(?:/\d+)?%?", text.translate(_WIDE))
+    values = (read_number(match.group().replace(" ", "")) for match in found)
+    return [value for value in values if value is not None]
+
+
+def check_steps(text: str) -> list[tuple[str, bool]]:
+    """The equations of a text whose sides are all numbers, and whether each holds; at least one side has an operation.
+
+    In a = b = c every neighbouring pair is one. A side with decimals may be rounded to them: 10 / 3 = 3.33 holds.
+    """
+    found: list[tuple[str, bool]] = []
+    for match in _ARITHMETIC.finditer(re.sub("[$¥￥€£]", "", text.translate(_WIDE))):
+        sides = [side.strip(" \t\r\n.,") for side in match.group().split("=")]
+        for left, right in zip(sides, sides[1:], strict=False):
+            # What stood before the expression (the end of a sentence, the number of a list) is not part of it.
+            left, right = _BETWEEN.split(left)[-1].strip(), _BETWEEN.split(right)[0].strip()
+            if not (_OPERATION.search(left) or _OPERATION.search(right)):
+                continue
+            try:
+                values = calculate(left), calculate(right)
+            except CalculatorError:
+                continue
+            found.append((f"{left} = {right}", _agree(*values, left, right)))
+    return found
+
+
+def _agree(left: Fraction, right: Fraction, left_text: str, right_text: str) -> bool:
+    for text in (left_text, right_text):
+        if read_number(text) is not None and "." in text:
+            places = len(re.sub(r"\D", "", text.split(".")[1]))
+            unit = Fraction(1, 10**places) / (100 if "%" in text else 1)
+            if abs(left - right) <= unit / 2:
+                return True
+    return left == right
+
+
+class _Parser:
+    """Recursive descent: sum -> product -> sign -> power -> number, percent or parentheses."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens: list[str] = []
+        at = 0
+        text = text.rstrip()
+        while at < len(text):
+            match = _TOKEN.match(text, at)
+            if match is None:
+                raise CalculatorError(f"cannot read {text[at : at + 10]!r} in an expression")
+            self.tokens.append(match.group(1) or match.group(2))
+            at = match.end()
+        self.at = self.depth = 0
+
+    def value(self) -> Fraction:
+        result = self._sum()
+        if self.at < len(self.tokens):
+            raise CalculatorError(f"unexpected {self.tokens[self.at]!r} in an expression")
+        return result
+
+    def _next(self, *wanted: str) -> str | None:
+        """Take the next token if it is one of these."""
+        if self.at < len(self.tokens) and self.tokens[self.at] in wanted:
+            self.at += 1
+            return self.tokens[self.at - 1]
+        return None
+
+    def _sum(self) -> Fraction:
+        total = self._product()
+        while sign := self._next("+", "-"):
+            part = self._product()
+            total = _bounded(total + part if sign == "+" else total - part)
+        return total
+
+    def _product(self) -> Fraction:
+        total = self._signed()
+        while sign := self._next("*", "/"):
+            part = self._signed()
+            if sign == "/" and part == 0:
+                raise CalculatorError("division by zero")
+            total = _bounded(total * part if sign == "*" else total / part)
+        return total
+
+    def _signed(self) -> Fraction:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise CalculatorError(f"an expression is nested deeper than {MAX_DEPTH}")
+        sign = self._next("+", "-")
+        value = (-self._signed() if sign == "-" else self._signed()) if sign else self._power()
+        self.depth -= 1
+        return value
+
+    def _power(self) -> Fraction:
+        base = self._single()
+        if not self._next("^", "**"):
+            return base
+        exponent = self._signed()
+        if exponent.denominator != 1 or abs(exponent) > MAX_EXPONENT:
+            raise CalculatorError(f"an exponent must be a whole number of at most {MAX_EXPONENT}")
+        if base == 0 and exponent < 0:
+            raise CalculatorError("division by zero")
+        if max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent) > MAX_BITS:
+            raise CalculatorError("a number is too large")
+        return base ** int(exponent)
+
+    def _single(self) -> Fraction:
+        if self._next("("):
+            value = self._sum()
+            if not self._next(")"):
+                raise CalculatorError("a parenthesis is not closed")
+        elif self.at < len(self.tokens) and (self.tokens[self.at][0].isdigit() or self.tokens[self.at][0] == "."):
+            value = _bounded(Fraction(self.tokens[self.at].replace(",", "")))
+            self.at += 1
+        else:
+            raise CalculatorError("a number is missing in an expression")
+        return value / 100 if self._next("%") else value
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise CalculatorError("a number is too large")
+    return value

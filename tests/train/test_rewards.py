@@ -1,0 +1,123 @@
+"""Rewards by rule, the judge that adds them up, and the prompts they are about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import write_jsonl
+
+from inference import Completion
+from model import BPETokenizer, HaoAIConfig, RewardModel
+from train.config import UsageError
+from train.prompts import Prompt, fingerprint, read_prompts
+from train.rewards import RULES, Answer, Judge, check_weights, checkable, final_answer, same_answer
+
+
+def answer(text: str, **more: object) -> Answer:
+    return Answer(question=str(more.pop("question", "3 + 5 = ?")), text=text, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("He has 3 + 4 = 7 apples.\n#### 7", "7"),
+        ("So \\boxed{3/4}.", "3/4"),
+        ("<answer> B </answer>", "B"),
+        ("The answer is 12. It was 10 before.", "12"),
+        ("37 + 45. 答案是 82。", "82"),
+        ("18 + 33 = 51.", "51"),
+        ("yes", "yes"),
+        ("I do not know what that is supposed to mean.", None),
+        ("", None),
+    ],
+)
+def test_final_answer(text: str, result: str | None) -> None:
+    """Guards against comparing the wrong number of an answer, or a whole sentence."""
+    assert final_answer(text) == result
+
+
+def test_what_can_be_checked() -> None:
+    """Guards against remarks of everyday talk being taken for results, and results of a word being left out."""
+    assert all(checkable(text) for text in ("B", "yes.", "Paris", "18 + 33 = 51。", "So it is C. The answer is C.", "#### 7"))
+    assert not any(checkable(text) for text in ("你好！", "Bye!", "", "It is a cat that sleeps all day."))
+
+
+def test_same_answer() -> None:
+    """Guards against 0.50 counting as wrong where 1/2 is asked, and 8 as right where 80 is."""
+    assert same_answer("1/2", "0.50") and same_answer("1200", "$1,200") and same_answer("8", "8 apples") and same_answer("Yes", "yes!")
+    assert not same_answer("8", "80") and not same_answer("8", "8 or 9") and not same_answer("A", "B") and not same_answer("8", "eight")
+
+
+def test_each_rule() -> None:
+    """Guards each rule on a good and a bad answer; a rule that is always 1 would teach nothing."""
+    expected = {
+        "exact": (answer("3 + 5 = 8.", reference="#### 8"), answer("3 + 5 = 9.", reference="#### 8")),
+        "format": (answer("8"), answer("8", finished=False)),
+        "steps": (answer("3 + 5 = 8."), answer("3 + 5 = 9.")),
+        "language": (answer("八", question="三加五等于几？"), answer("eight", question="三加五等于几？")),
+        "punctuation": (answer("It is 8."), answer("It is 8")),
+    }
+    for name, (good, bad) in expected.items():
+        assert (RULES[name](good), RULES[name](bad)) == (1.0, 0.0), name
+    assert RULES["steps"](answer("8")) == 0.0 and RULES["steps"](answer("1+1=2 1+1=2 1+1=3")) == 0.5
+    assert RULES["exact"](answer("8")) == 0.0, "without a reference nothing is right"
+    assert [RULES["length"](answer("", tokens=n, limit=100)) for n in (10, 50, 75, 100)] == [0.0, 0.0, -0.5, -1.0]
+    assert RULES["variety"](answer("abcd" * 50)) < 0.05 < 0.9 < RULES["variety"](answer("Each of these words differs."))
+    assert set(expected) | {"length", "variety"} == set(RULES)
+
+
+def test_weights_are_checked() -> None:
+    """Guards against a misspelt rule that silently rewards nothing."""
+    assert check_weights({"exact": "1", "format": 0.5, "steps": 0}) == {"exact": 1.0, "format": 0.5}
+    for wrong in ({"exakt": 1.0}, {"exact": "much"}, {"exact": "nan"}, {"exact": None}):
+        with pytest.raises(UsageError, match="rewards.exa"):
+            check_weights(wrong)
+
+
+def test_judge_adds_rules_model_and_missing_end(tiny_config: HaoAIConfig) -> None:
+    """Guards the sum that is learned from: weights, reward model and the price of a missing end all count, once."""
+    torch.manual_seed(0)
+    reward_model = RewardModel(tiny_config)
+    torch.nn.init.normal_(reward_model.score_head.weight)
+    prompts = [Prompt((5, 6, 7), "3 + 5 = ?", "8"), Prompt((9, 8), "2 + 2 = ?", "4")]
+    replies = [Completion([11, 12, 13], "8", finish_reason="stop"), Completion([14], "5", finish_reason="length")]
+    judge = Judge({"exact": 2.0, "format": 0.5}, limit=16, reward_model=reward_model, missing_end=3.0)
+    first, second = judge(list(zip(prompts, replies, strict=True)))
+    alone = [float(reward_model(torch.tensor([ids])).detach()) for ids in ([5, 6, 7, 11, 12, 13], [9, 8, 14])]
+    assert first == pytest.approx({"exact": 1.0, "format": 1.0, "model": alone[0], "reward": 2.5 + alone[0]}, abs=1e-5)
+    assert second == pytest.approx({"exact": 0.0, "format": 0.0, "model": alone[1], "reward": alone[1] - 3.0}, abs=1e-5)
+
+
+def test_prompts_of_all_kinds_of_rows(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards what a rollout begins with: no word of the answer, the reference of the last turn, nothing twice, nothing too long."""
+    rows = [
+        {"prompt": "1 + 1 = ?", "response": "1 + 1 = 2."},
+        {"prompt": "1 + 1 = ?", "response": "2"},
+        {"prompt": "2 + 3 = ?", "chosen": "5", "rejected": "6"},
+        {"messages": [{"role": "user", "content": q} for q in ["a"]] + [{"role": "assistant", "content": "no number in this text at all"}]},
+        {"prompt": "x" * 400, "response": "7"},
+        {"text": "no prompt"},
+    ]
+    said: list[str] = []
+    prompts, held = read_prompts(write_jsonl(tmp_path / "p.jsonl", rows), tiny_tokenizer, 100, verifiable=True, log=said.append)
+    assert [(p.question, p.reference) for p in prompts] == [("1 + 1 = ?", "1 + 1 = 2."), ("2 + 3 = ?", "5")] and not held
+    rendered = tiny_tokenizer.render([{"role": "user", "content": "2 + 3 = ?"}], add_generation_prompt=True)
+    assert prompts[1].ids == tuple(rendered.ids)
+    notes = "\n".join(map(str, said))
+    for note in ("p.jsonl:6", "1 unusable", "1 said before", "1 longer than 100 tokens", "1 without a result"):
+        assert note in notes
+    everything, _ = read_prompts(tmp_path / "p.jsonl", tiny_tokenizer, 100, log=said.append)
+    assert len(everything) == 3 and fingerprint(everything) != fingerprint(prompts)
+    with pytest.raises(ValueError, match="no prompt that can be used.*longer than 3 tokens"):
+        read_prompts(tmp_path / "p.jsonl", tiny_tokenizer, 3, log=said.append)
+
+
+def test_held_out_prompts_are_the_same_every_time(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards against training on the prompts that measure the result when rows are added or reordered."""
+    rows = [{"prompt": f"{n} + 1 = ?", "response": str(n + 1)} for n in range(60)]
+    train, held = read_prompts(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, 100, val_share=0.3)
+    _, again = read_prompts(write_jsonl(tmp_path / "b.jsonl", rows[::-1][:40]), tiny_tokenizer, 100, val_share=0.3)
+    assert 5 < len(held) < 35 and len(train) + len(held) == 60
+    assert {p.ids for p in again} <= {p.ids for p in held}

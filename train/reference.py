@@ -1,0 +1,79 @@
+"""The reference model of preference optimisation: its log-probabilities, computed once and kept beside the token store.
+
+They come from the forward pass that trains, over the same packed batches: with dropout off and equal precision the first loss sees
+differences of exactly 0. Later epochs are packed otherwise, which moves an fp32 log-probability by about 1e-5 of its value, one in
+bf16 by 1e-2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model.files import atomic_write_bytes
+from model.transformer import SmartHaoAI
+from train.log_probs import completion_log_probs
+from train.pairs import PackedPairs
+from train.runtime import Precision
+
+
+def reference_log_probs(
+    model: SmartHaoAI, source: PackedPairs, precision: Precision, training: bool = True, log: Callable[[str], object] = print
+) -> Tensor:
+    """Log-probability of every answer of `source` under `model`, (documents,) fp32 on the CPU; NaN for those it never gives.
+
+    training: as in training, else as in evaluation (which may halt a reasoning head early); dropout is off in both. The result is read
+    from the store's folder when the same model was asked for the same batches before.
+    """
+    file = source.store.folder / f"reference-{_key(model, source, precision, training)}.safetensors"
+    if file.is_file():
+        return safetensors.torch.load_file(file)["log_probs"]
+    values = torch.full((len(source.documents.split),), float("nan"))
+    model.train(training)
+    with torch.no_grad(), without_dropout(model), precision.autocast():
+        bar = tqdm(total=int((source.cuts >= 0).sum()), unit="pair", desc="reference", leave=False, disable=None)
+        for batch in source.every_pair():
+            documents = batch.extra["documents"]
+            values[documents] = completion_log_probs(model, batch.to(precision.device).inputs).sums().cpu()
+            bar.update(len(documents) // 2)
+        bar.close()
+    model.take_expert_load()  # this was no training
+    atomic_write_bytes(file, safetensors.torch.save({"log_probs": values}))
+    log(f"reference log-probabilities of {int((~values.isnan()).sum()):,} answers: {file}")
+    return values
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model's dropout is off inside."""
+    rates: list[tuple[Any, str]] = [
+        (module, "dropout") for module in model.modules() if isinstance(getattr(module, "dropout", None), float)
+    ]
+    rates += [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
+    before = [getattr(module, name) for module, name in rates]
+    try:
+        for module, name in rates:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for (module, name), rate in zip(rates, before, strict=True):
+            setattr(module, name, rate)
+
+
+def _key(model: SmartHaoAI, source: PackedPairs, precision: Precision, training: bool) -> str:
+    """Of all that the values depend on, to the last bit."""
+    how = (source.split_name, source.max_length, source.units_per_batch, source.units_per_step, precision.name, precision.device, training)
+    digest = hashlib.blake2b(repr(how).encode(), digest_size=10)
+    digest.update(repr((model.config, model.reasoning_setting)).encode())
+    digest.update(source.documents.order(0).tobytes() + source.cuts.tobytes())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

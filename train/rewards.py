@@ -1,0 +1,214 @@
+"""Rewards by rule: pure functions from a finished answer to a number, found by name and added up with weights.
+
+    rewards:            # in the settings of PPO and GRPO
+      exact: 1.0        # the answer's result is the reference's
+      format: 0.1       # it came to its end, thinking closed, answer not empty
+
+A rule of one's own: `train.rewards.RULES["mine"] = lambda answer: float("please" in answer.text)`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from inference.calculator import check_steps, numbers_in, read_number
+from inference.engine import Completion
+from model.reward import RewardModel
+from train.config import UsageError
+
+if TYPE_CHECKING:
+    from train.prompts import Prompt
+
+_MARKED = (
+    re.compile(r"####\s*(.+)"),
+    re.compile(r"\\boxed\{([^{}]*)\}"),
+    re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
+    re.compile(r"(?:the answer is|answer:|答案是|答案为|答案：)\s*(.+?)(?=\.\s|\.?$|[。!！?？])", re.IGNORECASE | re.MULTILINE),
+)
+_SPOKEN = re.compile("[。！？，；!?,;~…]")
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_LATIN = re.compile("[A-Za-z]")
+_SENTENCE_END = (".", "!", "?", "。", "！", "？", "…", '."', '!"', '?"', "。”", "！”", "？”")
+LONGEST_WORD_ANSWER = 12  # characters of an answer that counts as a result as it stands: B, yes, no, 北京
+SOFT_SHARE = 0.5  # share of the room for an answer above which the length rule begins to count
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rule may look at."""
+
+    question: str
+    """The last thing the user said."""
+    text: str
+    """The reply without its thinking."""
+    reasoning: str = ""
+    """The thinking."""
+    finished: bool = True
+    """It ended by itself, not because the room was used up."""
+    tokens: int = 0
+    """Generated tokens, thinking and end token included."""
+    limit: int = 0
+    """Most tokens that it could have had."""
+    reference: str | None = None
+    """The data's own answer to the question, when there is one."""
+
+
+Rule = Callable[[Answer], float]
+
+
+def final_answer(text: str) -> str | None:
+    """The result that a text ends in: behind `####`, in `\\boxed{}` or `<answer>`, after "the answer is" or "答案是", a text of a word
+    or two as it stands, else its last number; None when there is nothing of this."""
+    marked = _marked(text)
+    if marked is not None:
+        return marked
+    plain = text.strip().rstrip(".。!！")
+    if plain and len(plain) <= LONGEST_WORD_ANSWER and "=" not in plain:
+        return plain
+    numbers = numbers_in(text)
+    return str(numbers[-1]) if numbers else None
+
+
+def _marked(text: str) -> str | None:
+    for pattern in _MARKED:
+        found = pattern.findall(text)
+        if found and found[-1].strip():
+            return found[-1].strip().rstrip(".。")
+    return None
+
+
+def checkable(reference: str) -> bool:
+    """Whether a reference has a result to compare with: a short remark such as "你好！" is none, although B and yes are."""
+    result = final_answer(reference)
+    return result is not None and (_marked(reference) is not None or read_number(result) is not None or not _SPOKEN.search(reference))
+
+
+def same_answer(reference: str, given: str) -> bool:
+    """Whether two results agree: numbers by their exact value (0.5, 1/2 and 50% are one), words without case and punctuation."""
+    wanted = read_number(reference)
+    if wanted is None:
+        return _bare(reference) == _bare(given)
+    value = read_number(given)
+    if value is None:
+        numbers = numbers_in(given)  # "8 apples"
+        value = numbers[0] if len(numbers) == 1 else None
+    return value == wanted
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text).casefold()
+
+
+def exact(answer: Answer) -> float:
+    """1 when the answer's result is the reference's, else 0."""
+    wanted = None if answer.reference is None else final_answer(answer.reference)
+    given = final_answer(answer.text)
+    return float(wanted is not None and given is not None and same_answer(wanted, given))
+
+
+def well_formed(answer: Answer) -> float:
+    """1 when the reply came to its end with an answer outside the thinking, else 0."""
+    return float(answer.finished and bool(answer.text.strip()))
+
+
+def steps(answer: Answer) -> float:
+    """Share of right ones among the different equations of thinking and answer, by the calculator; 0 when there is none."""
+    checked = dict(check_steps(f"{answer.reasoning}\n{answer.text}"))
+    return sum(checked.values()) / len(checked) if checked else 0.0
+
+
+def language(answer: Answer) -> float:
+    """Share of the answer's letters that are of the question's script (Chinese or Latin); 1 for an answer without letters.
+
+    Requests for a translation should not be rewarded by it.
+    """
+    chinese, latin = len(_HAN.findall(answer.text)), len(_LATIN.findall(answer.text))
+    if not chinese + latin:
+        return 1.0
+    return (chinese if _HAN.search(answer.question) else latin) / (chinese + latin)
+
+
+def length(answer: Answer) -> float:
+    """0 for a reply of up to half its room, falling evenly to -1 for one that fills it (the soft overlong punishment of DAPO, Yu et
+    al. 2025)."""
+    soft = SOFT_SHARE * answer.limit
+    return -min(1.0, max(0.0, answer.tokens - soft) / (answer.limit - soft)) if answer.limit else 0.0
+
+
+def punctuation(answer: Answer) -> float:
+    """1 when the answer ends like a sentence, else 0."""
+    return float(answer.text.rstrip().endswith(_SENTENCE_END))
+
+
+def variety(answer: Answer) -> float:
+    """Share of different ones among the runs of four characters: low for a reply that goes in circles."""
+    runs = [answer.text[at : at + 4] for at in range(len(answer.text) - 3)]
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+RULES: dict[str, Rule] = {
+    "exact": exact,
+    "format": well_formed,
+    "steps": steps,
+    "language": language,
+    "length": length,
+    "punctuation": punctuation,
+    "variety": variety,
+}
+NEED_REFERENCE = ("exact",)
+
+
+def check_weights(weights: Mapping[str, object]) -> dict[str, float]:
+    """Names and weights of the setting `rewards` as numbers. Raises UsageError for an unknown name or a weight that is no number."""
+    checked: dict[str, float] = {}
+    for name, weight in weights.items():
+        if name not in RULES:
+            raise UsageError(f"rewards.{name}: there is no such rule; known: {', '.join(RULES)}")
+        try:
+            checked[name] = float(weight)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            checked[name] = math.nan
+        if not math.isfinite(checked[name]):
+            raise UsageError(f"rewards.{name}={weight!r} is not a weight; give a number, 0 to leave the rule out")
+    return {name: weight for name, weight in checked.items() if weight}
+
+
+class Judge:
+    """Rewards of finished answers: the weighted rules, plus the reward model's score, less what a missing end costs.
+
+    judge([(prompt, completion), ...]) -> [{"exact": 1.0, "model": -0.3, "reward": 0.7}, ...]
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], limit: int, reward_model: RewardModel | None = None, missing_end: float = 0.0, pad_id: int = 0
+    ) -> None:
+        """limit: most tokens an answer can have."""
+        self.weights, self.limit, self.reward_model = dict(weights), limit, reward_model
+        self.missing_end, self.pad_id = missing_end, pad_id
+
+    def describe(self) -> str:
+        parts = [f"{weight:g} x {name}" for name, weight in self.weights.items()] + ["the reward model"] * (self.reward_model is not None)
+        return " + ".join(parts) + (f", -{self.missing_end:g} without an end" if self.missing_end else "")
+
+    def __call__(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[dict[str, float]]:
+        judged = []
+        for prompt, reply in pairs:
+            answer = Answer(
+                prompt.question, reply.text, reply.reasoning, reply.finish_reason == "stop", len(reply.ids), self.limit, prompt.reference
+            )
+            parts = {name: RULES[name](answer) for name in self.weights}
+            total = sum(self.weights[name] * value for name, value in parts.items()) - self.missing_end * (not answer.finished)
+            judged.append({**parts, "reward": total})
+        if self.reward_model is not None:
+            scores = self.reward_model.score_ids([[*prompt.ids, *reply.ids] for prompt, reply in pairs], self.pad_id)
+            for parts, score in zip(judged, scores.tolist(), strict=True):
+                parts["model"] = score
+                parts["reward"] += score
+        wrong = next((parts for parts in judged if not math.isfinite(parts["reward"])), None)
+        if wrong is not None:
+            raise ValueError(f"a reward is not a finite number: {wrong}; check the reward model and the rules")
+        return judged
