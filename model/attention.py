@@ -220,7 +220,8 @@ class SmartAttention(nn.Module):
         """Factor on the queries (B or 1, H, T, 1): an inverse temperature of the softmax."""
         assert self.temperature is not None
         if self.temperature_kind == "query":
-            return 2 * torch.sigmoid((q.float() * self.temperature[:, None]).sum(dim=-1, keepdim=True))
+            # Over sqrt(D), like the scores: with QK-norm each entry of q is about 1, and one step would move the sum by D times its size.
+            return 2 * torch.sigmoid((q.float() * self.temperature[:, None]).sum(dim=-1, keepdim=True) * self.head_dim**-0.5)
         keys = positions + 1 if self.window is None else (positions + 1).clamp(max=self.window)
         return 1 + self.temperature[:, None, None] * keys.float().log()[:, None, :, None]
 
