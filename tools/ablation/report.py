@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.files import atomic_write_bytes, atomic_write_text
-from tools.ablation.results import Interval, LengthCurve, Result, interval, read_result
+from tools.ablation.results import SPIKE, Interval, LengthCurve, Result, interval, read_result
 from tools.ablation.settings import AblationConfig, Run, run_name
 from tools.ablation.timing import StepTimes, read_step_times
 
@@ -157,7 +157,7 @@ def markdown(table: Table, config: AblationConfig) -> str:
     files = sorted({name for row in table.rows for result in row.results.values() for name in result.bpb_by_file})
     probes = any(result.probes for row in table.rows for result in row.results.values())
     heads = ["variant", "seeds", "parameters (active), M", "step time", "tokens/s", "memory, MiB", "bits/byte", *files]
-    heads += ["equal tokens", "equal time"] + (["probes"] if probes else []) + ["largest gradient"]
+    heads += ["equal tokens", "equal time"] + (["probes"] if probes else []) + ["largest gradient", "first token"]
     lines = [f"## {table.size or 'Results'}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in table.rows:
         lines.append("| " + " | ".join(_cells(row, files, probes)) + " |")
@@ -170,6 +170,10 @@ def markdown(table: Table, config: AblationConfig) -> str:
     if table.spread is not None and table.spread.count > 1:
         spread = _spread(first)
         notes.append(f"- The baseline over {table.spread.count} seeds: {table.spread.mean:.4f}, standard deviation {spread:.4f}.")
+    notes.append(
+        f"- Gradient: the largest norm after the first tenth of the run; a spike is over {SPIKE:g} times the run's median. First token: "
+        "share of the attention that goes to a text's first token, mean over the heads (and the head with most) of layers without a window."
+    )
     if table.times is not None:
         rounds = len(table.times.seconds[table.times.baseline])
         notes.append(
@@ -218,7 +222,11 @@ def _cells(row: Row, files: list[str], probes: bool) -> list[str]:
         passed, total = (sum(result.probes.get(key, 0) for result in row.results.values()) for key in ("passed", "total"))
         cells.append(f"{passed}/{total}" if total else NONE)
     skipped = sum(result.skipped for result in row.results.values())
-    return [*cells, _number(row.mean("largest_grad_norm"), ".2f") + (f", {skipped} skipped" if skipped else "")]
+    spikes = sum(result.spikes or 0 for result in row.results.values())
+    trouble = (f", {spikes} spikes" if spikes else "") + (f", {skipped} skipped" if skipped else "")
+    shares = [result.first_token for result in row.results.values() if result.first_token is not None]
+    sink = f"{sum(mean for mean, _ in shares) / len(shares):.3f} ({max(top for _, top in shares):.2f})" if shares else NONE
+    return [*cells, _number(row.mean("largest_grad_norm"), ".2f") + trouble, sink]
 
 
 def _number(value: float | None, form: str) -> str:
