@@ -44,6 +44,8 @@ class Reply:
     seconds: float = 0.0
     reused_tokens: int = 0
     """Prompt tokens whose keys and values were still there from the turn before."""
+    reasoning_steps: int = 0
+    """Steps of the reasoning head that the reply took, over all its tokens, where halting is on; 0 where it is not."""
 
 
 class ChatSession:
@@ -68,6 +70,7 @@ class ChatSession:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}: they do "
                 "not belong together; use the tokenizer that was saved with the model"
             )
+        self.model = model
         self.engine = Engine(model, tokenizer)
         self.tokenizer = tokenizer
         self.system = system
@@ -86,10 +89,15 @@ class ChatSession:
         dtype: torch.dtype = torch.float32,
         system: str = "",
         enable_thinking: bool | None = None,
+        reasoning_steps: int | None = None,
+        reasoning_halt: float | None = None,
         **settings: Any,
     ) -> ChatSession:
         """Load a finished stage. settings are fields of SamplingSettings; those not given come from
-        generation_config.json, then from the defaults. device None takes the GPU when there is one."""
+        generation_config.json, then from the defaults. device None takes the GPU when there is one.
+
+        reasoning_steps, reasoning_halt: as in `SmartHaoAI.set_reasoning`, which may be called between turns, too. Raises ValueError for
+        a model without a reasoning head."""
         known = [field.name for field in dataclasses.fields(SamplingSettings)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -98,6 +106,7 @@ class ChatSession:
         sampling = SamplingSettings(**{**preset_settings(folder), **settings})
         model = SmartHaoAI.from_pretrained(folder, device=find_device(device), dtype=dtype)
         model.eval()
+        model.set_reasoning(reasoning_steps, reasoning_halt)
         return cls(model, BPETokenizer.from_pretrained(folder), system, enable_thinking, sampling)
 
     def chat(self, text: str) -> str:
@@ -153,6 +162,8 @@ class ChatSession:
             for piece in pieces:
                 reply.completion_tokens += len(piece.ids)
                 reply.reused_tokens = self._cache.reused
+                if piece.ids and self.engine.steps_used is not None:
+                    reply.reasoning_steps += int(self.engine.steps_used[0, -1])
                 reply.finish_reason = piece.finish_reason or reply.finish_reason
                 if piece.channel == "answer":
                     reply.text += piece.text

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import find_model, load_config
-from model.config import HaoAIConfig, added_parts
+from model.config import HaoAIConfig, allowed_changes
 from model.files import atomic_write_text
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
@@ -75,10 +75,14 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
     if settings.model_dir is not None:
         folder = find_model(settings.model_dir)
         config = load_config(folder)
+        changes = _allowed_changes(settings, config)
         for name, value in settings.model_shape().items():
-            if name in settings.model and getattr(config, name) != value and name not in _added_parts(settings, config):
+            if name in settings.model and getattr(config, name) != value and name not in changes:
                 raise UsageError(f"model.{name}={value!r} does not fit the checkpoint {folder}, which has {getattr(config, name)!r}")
-        config = replace(config, **_added_parts(settings, config))
+        try:
+            config = replace(config, **changes)
+        except ValueError as error:
+            raise UsageError(f"model settings: {error}") from error
     else:
         shape = {"eos_token_id": tokenizer.eos_token_id, **settings.model_shape(), "vocab_size": tokenizer.vocab_size}
         shape["max_position_embeddings"] = max(shape.get("max_position_embeddings", 0), settings.data.max_length)
@@ -93,16 +97,16 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
     return config
 
 
-def _added_parts(settings: StageConfig, config: HaoAIConfig) -> dict[str, Any]:
-    """Optional parts that are set by name and that the checkpoint's `config` lacks: they start without an effect."""
-    return added_parts(config, {name: value for name, value in settings.model_shape().items() if name in settings.model})
+def _allowed_changes(settings: StageConfig, config: HaoAIConfig) -> dict[str, Any]:
+    """What is set by name and may differ from the checkpoint's `config`: parts that start without an effect, and settings of training."""
+    return allowed_changes(config, {name: value for name, value in settings.model_shape().items() if name in settings.model})
 
 
 def make_model(settings: StageConfig, config: HaoAIConfig) -> SmartHaoAI:
     """A new model with seeded weights, or the checkpoint's."""
     seed_everything(settings.train.seed)
     if settings.model_dir is not None:
-        return SmartHaoAI.from_pretrained(settings.model_dir, **_added_parts(settings, load_config(find_model(settings.model_dir))))
+        return SmartHaoAI.from_pretrained(settings.model_dir, **_allowed_changes(settings, load_config(find_model(settings.model_dir))))
     return SmartHaoAI(config)
 
 

@@ -304,8 +304,17 @@ def test_other_numbers_of_steps(make_model, seed: int) -> None:
             assert_same(model(more, cache=cache).logits, model(torch.cat((ids, more), dim=1)).logits[:, 9:])
     with pytest.raises(ValueError, match="reasoning_steps .*0"):
         model.reasoning_steps = 0
-    with pytest.raises(ValueError, match="no reasoning head"):
-        make_model().reasoning_steps = 2
+    for change in ((0, 0.5), (2, 1.0), (2, -0.1), (2, float("nan"))):
+        with pytest.raises(ValueError, match="reasoning_(steps|halt)"):
+            model.set_reasoning(*change)
+        assert (model.reasoning_steps, model.reasoning_halt) == (7, 0.0)  # neither of them
+    model.set_reasoning(halt=0.5)
+    assert model.reasoning_setting == (7, 0.5)
+    plain = make_model()
+    plain.set_reasoning()  # nothing is asked of a head that is not there
+    for name, value in (("reasoning_steps", 2), ("reasoning_halt", 0.5)):
+        with pytest.raises(ValueError, match="no reasoning head"):
+            setattr(plain, name, value)
 
 
 def test_every_step_has_its_own_embedding_and_later_ones_the_last(make_model, seed: int) -> None:
