@@ -31,9 +31,9 @@ def first_token_attention(model: SmartHaoAI, rows: Sequence[Sequence[int]]) -> t
         scores = q.float() @ k.float().transpose(2, 3) / math.sqrt(layer.head_dim)
         T = q.shape[2]
         scores = scores + (torch.full((T, T), float("-inf"), device=q.device).triu_(1) if mask is None else mask.float())
-        shares.setdefault(layer.layer, []).append(torch.softmax(scores, dim=-1)[0, :, FIRST_QUERY:, 0].mean(dim=1))
+        shares.setdefault(id(layer), []).append(torch.softmax(scores, dim=-1)[0, :, FIRST_QUERY:, 0].mean(dim=1))
 
-    layers = [block.self_attn for block in model.layers if block.self_attn.window is None]
+    layers = [module for module in model.modules() if isinstance(module, SmartAttention) and module.window is None]
     handles = [layer.register_forward_pre_hook(look) for layer in layers]
     was_training = model.training
     try:
