@@ -49,7 +49,7 @@ def opened(make_model, halt: float = 0.0, **fields: Any) -> SmartHaoAI:
                 if module is not None:
                     module.weight.normal_(std=0.3)
         model.reasoning.out_proj.weight.normal_(std=0.3)
-        model.reasoning.confidence.weight.normal_(std=0.4)
+        model.reasoning.confidence.out.weight.normal_(std=0.8)
     return model
 
 
@@ -399,11 +399,11 @@ def test_gradients_reach_everything_and_stay_where_they_belong(fields: dict[str,
     model.zero_grad()
     model(ids, labels=ids).deep_losses["confidence_loss"].backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert reached == {"reasoning.confidence.weight", "reasoning.confidence.bias"}
+    assert reached == {"reasoning.confidence.hidden.weight", "reasoning.confidence.out.weight", "reasoning.confidence.out.bias"}
     if "ponder_loss" in out.deep_losses:
         model.zero_grad()
         model(ids, labels=ids).deep_losses["ponder_loss"].backward()
-        assert model.reasoning.confidence.weight.grad is None and model.reasoning.mlp.down_proj.weight.grad.abs().sum() > 0
+        assert model.reasoning.confidence.out.weight.grad is None and model.reasoning.mlp.down_proj.weight.grad.abs().sum() > 0
 
 
 def test_the_losses_are_what_they_say(make_model, seed: int) -> None:
@@ -491,7 +491,7 @@ def test_optimisers_hold_the_head(make_model) -> None:
     muon = {id(p) for g in build_optimizers(model, OptimizationConfig(optimizer="muon"), "cpu")[1].param_groups for p in g["params"]}
     inside = {name for name, p in model.reasoning.named_parameters() if id(p) in muon}
     assert {"self_attn.qkv_proj.weight", "cross_attn.k_proj.weight", "mlp.gate_up_proj.weight", "out_proj.weight"} <= inside
-    assert not inside & {"step_embedding.weight", "confidence.weight"}
+    assert not inside & {"step_embedding.weight", "confidence.out.weight"}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ config

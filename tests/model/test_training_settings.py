@@ -28,7 +28,7 @@ def saved(make_model: Any, folder: Path, part: str) -> SmartHaoAI:
     if model.reasoning is not None:
         with torch.no_grad():
             model.reasoning.out_proj.weight.normal_(std=0.3)
-            model.reasoning.confidence.weight.normal_(std=0.3)
+            model.reasoning.confidence.out.weight.normal_(std=0.6)
     save_pretrained(model, folder, resumable=True)  # a finished model has no deep supervision
     return model
 
