@@ -27,7 +27,7 @@ from train.runtime import run_main
 WEIGHTS = Path("weight")
 THINKING: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
 BARE_WORDS = ("clear", "quit", "stream", "help")
-COMMANDS = ("/help", "/stream", "/clear", "/system", "/thinking", "/adapter", "/save", "/load", "/quit")
+COMMANDS = ("/help", "/stream", "/clear", "/system", "/thinking", "/steps", "/adapter", "/save", "/load", "/quit")
 NO_ADAPTER = "off"
 # What a terminal would obey instead of show: a model's answer must not move the cursor or rename the window.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -210,6 +210,9 @@ class Repl:
             console.notice("stopped")
         elif session.last is not None and session.last.finish_reason == "length":
             console.notice("length")
+        if console.interactive and session.last is not None and session.last.reasoning_steps:
+            mean = session.last.reasoning_steps / session.last.completion_tokens
+            print(console.dim(console.text("steps_used", mean=mean, steps=session.model.reasoning_steps)))
         if session.dropped_turns > dropped:
             console.notice("dropped", count=session.dropped_turns)
 
@@ -231,6 +234,8 @@ class Repl:
             self._thinking(argument.lower())
         elif command == "/adapter":
             self._adapter(argument)
+        elif command == "/steps":
+            self._steps(argument)
         elif command in ("/save", "/load"):
             self._file(command, argument)
         else:
@@ -277,6 +282,19 @@ class Repl:
                 return
         console.notice("adapter_is", name=session.adapter or NO_ADAPTER, known=" ".join([*known_adapters(), NO_ADAPTER]))
 
+    def _steps(self, value: str) -> None:
+        model = self.session.model
+        if model.reasoning is None:
+            self._fail(self.console.text("steps_none"))
+            return
+        steps, _, halt = value.partition(" ")
+        try:
+            model.set_reasoning(int(steps) if steps else None, float(halt) if halt else None)
+        except ValueError:
+            self._fail(self.console.text("steps_bad", value=value))
+            return
+        show_steps(self.session, self.console)
+
     def _file(self, command: str, name: str) -> None:
         if not name:
             self._fail(self.console.text("file_missing", command=command))
@@ -308,6 +326,13 @@ class Repl:
         messages = read_conversation(path)
         self.session.load_messages(messages)
         self.console.notice("loaded", count=len(messages), path=path)
+
+
+def show_steps(session: ChatSession, console: Console) -> None:
+    """How many steps the reasoning head takes; nothing for a model without one."""
+    model = session.model
+    if model.reasoning is not None:
+        console.notice("steps_halt" if model.reasoning_halt else "steps_all", steps=model.reasoning_steps, halt=model.reasoning_halt)
 
 
 def read_conversation(path: Path) -> list[Any]:
@@ -385,6 +410,8 @@ def make_parser(text: Callable[[str], str]) -> argparse.ArgumentParser:
     parser.add_argument("--no-stream", action="store_true", help=text("opt_no_stream"))
     parser.add_argument("--thinking", choices=tuple(THINKING), default="auto", help=text("opt_thinking"))
     parser.add_argument("--show-thinking", action="store_true", help=text("opt_show"))
+    parser.add_argument("--reasoning-steps", type=int, metavar="N", help=text("opt_steps"))
+    parser.add_argument("--reasoning-halt", type=float, metavar="P", help=text("opt_halt"))
     parser.add_argument("--device", help=text("opt_device"))
     return parser
 
@@ -407,6 +434,8 @@ def main() -> int:
         device=arguments.device,
         system=arguments.system,
         enable_thinking=THINKING[arguments.thinking],
+        reasoning_steps=arguments.reasoning_steps,
+        reasoning_halt=arguments.reasoning_halt,
         **given,
     )
     if not arguments.model:
@@ -414,9 +443,9 @@ def main() -> int:
         if path.name.startswith("pretrain"):
             console.notice("base")
     if console.interactive:
-        model = session.engine.model
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        size = session.model.num_parameters() / 1e6
         console.notice("ready", path=path.as_posix(), size=size, device=session.engine.device)
+        show_steps(session, console)
     repl = Repl(session, console, streaming=not arguments.no_stream, show_thinking=arguments.show_thinking)
     return repl.run(make_reader(console.interactive))
 

@@ -22,6 +22,14 @@ TEXTS: dict[str, tuple[str, str]] = {
         "思考：auto 由模型决定，on 总是，off 从不",
         "thinking: auto lets the model decide, on always, off never",
     ),
+    "opt_steps": (
+        "推理头的步数；默认与训练时相同",
+        "latent steps of the reasoning head; default: as in training",
+    ),
+    "opt_halt": (
+        "把握超过此值（0 到 1）的词元提前停止推理，0 为不提前",
+        "a token that is surer than this (0 to 1) takes no more steps; 0: all take all",
+    ),
     "opt_show": ("完整显示思考过程", "show the thinking in full"),
     "opt_device": ("设备，如 cpu、cuda、mps", "device, such as cpu, cuda, mps"),
     "opt_help": ("显示本说明并退出", "show this help and exit"),
@@ -69,6 +77,23 @@ TEXTS: dict[str, tuple[str, str]] = {
     "thinking_bad": ("/thinking 只接受 auto、on、off，而不是 {value}", "/thinking takes auto, on or off, not {value}"),
     "adapter_is": ("适配器：{name}（可选 {known}，或任意目录）", "adapter: {name} (choose {known}, or any folder)"),
     "adapter_missing": ("{reason}。可用的适配器：{known}", "{reason}. Known adapters: {known}"),
+    "steps_all": ("推理步数：{steps}，不提前停止", "reasoning steps: {steps}, all taken"),
+    "steps_halt": (
+        "推理步数：最多 {steps}，把握超过 {halt:g} 时提前停止",
+        "reasoning steps: at most {steps}, fewer once a token is surer than {halt:g}",
+    ),
+    "steps_used": (
+        "（平均每个词元用了 {mean:.1f} 个推理步，最多 {steps}）",
+        "(a mean of {mean:.1f} reasoning steps a token, at most {steps})",
+    ),
+    "steps_none": (
+        "这个模型没有推理头，没有推理步数可设（/thinking 是另一回事：用文字思考）。",
+        "This model has no reasoning head, so there are no steps to set (/thinking is another thing: thinking in words).",
+    ),
+    "steps_bad": (
+        "/steps 接受步数（1 或更大的整数），后面可加阈值（0 到 1，不含 1），而不是 {value}",
+        "/steps takes a number of steps from 1 and, behind it, a threshold from 0 to below 1, not {value}",
+    ),
     "file_missing": ("请写出文件名：{command} 文件", "name a file: {command} FILE"),
     "saved": ("已保存 {count} 条消息到 {path}", "saved {count} messages to {path}"),
     "foreign": (
@@ -88,6 +113,7 @@ TEXTS: dict[str, tuple[str, str]] = {
   /system [文字]   查看或设置系统提示词；/system clear 取消
   /thinking [模式] 查看或设置思考：auto、on、off
   /adapter [名称]  查看或切换 LoRA 适配器；/adapter off 只用模型本身
+  /steps [N [P]]   查看或设置推理头的步数；把握超过 P 时提前停止（0 为不提前）
   /save 文件       保存对话（JSON）
   /load 文件       载入对话
   /quit            退出
@@ -99,6 +125,7 @@ TEXTS: dict[str, tuple[str, str]] = {
   /system [TEXT]    show or set the system text; /system clear removes it
   /thinking [MODE]  show or set thinking: auto, on, off
   /adapter [NAME]   show or switch the LoRA adapter; /adapter off: the model alone
+  /steps [N [P]]    show or set the steps of the reasoning head; a token surer than P takes fewer (0: none does)
   /save FILE        save the conversation (JSON)
   /load FILE        continue a saved conversation
   /quit             leave

@@ -116,6 +116,8 @@ class Engine:
         self.model = model
         self.config: HaoAIConfig = model.config  # type: ignore[assignment]
         self.tokenizer = tokenizer
+        self.steps_used: Tensor | None = None
+        """(B, T) reasoning steps that each token of the last feed took; None of a model that never halts."""
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +144,7 @@ class Engine:
         """Feed prompts ids (B, T), left-padded where mask (B, T) is 0, into the cache; returns the next logits (B,
         V)."""
         out = self.model(ids, attention_mask=mask, cache=cache, last_only=True)
+        self.steps_used = out.steps_used
         logits = out.logits[:, -1]
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(
@@ -152,7 +155,9 @@ class Engine:
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token per row, tokens (B,); returns the next logits (B, V)."""
-        return self.model(tokens.unsqueeze(1), cache=cache, last_only=True).logits[:, -1]
+        out = self.model(tokens.unsqueeze(1), cache=cache, last_only=True)
+        self.steps_used = out.steps_used
+        return out.logits[:, -1]
 
     def generate(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> list[list[Completion]]:
         """Replies to several prompts (lists of token ids) at once: settings.n completions for each, in order.

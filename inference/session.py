@@ -46,6 +46,8 @@ class Reply:
     seconds: float = 0.0
     reused_tokens: int = 0
     """Prompt tokens whose keys and values were still there from the turn before."""
+    reasoning_steps: int = 0
+    """Steps of the reasoning head that the reply took, over all its tokens, where halting is on; 0 where it is not."""
 
 
 class ChatSession:
@@ -70,6 +72,7 @@ class ChatSession:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}: they do "
                 "not belong together; use the tokenizer that was saved with the model"
             )
+        self.model = model
         self.engine = Engine(model, tokenizer)
         self.tokenizer = tokenizer
         self.system = system
@@ -91,10 +94,15 @@ class ChatSession:
         dtype: torch.dtype = torch.float32,
         system: str = "",
         enable_thinking: bool | None = None,
+        reasoning_steps: int | None = None,
+        reasoning_halt: float | None = None,
         **settings: Any,
     ) -> ChatSession:
         """Load a finished stage. settings are fields of SamplingSettings; those not given come from
-        generation_config.json, then from the defaults. device None takes the GPU when there is one."""
+        generation_config.json, then from the defaults. device None takes the GPU when there is one.
+
+        reasoning_steps, reasoning_halt: as in `SmartHaoAI.set_reasoning`, which may be called between turns, too. Raises ValueError for
+        a model without a reasoning head."""
         known = [field.name for field in dataclasses.fields(SamplingSettings)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -106,6 +114,7 @@ class ChatSession:
         model = SmartHaoAI.from_pretrained(base, device=find_device(device), dtype=dtype)
         model.eval()
         has_tokenizer = (folder / "tokenizer.json").is_file()  # some adapters come without
+        model.set_reasoning(reasoning_steps, reasoning_halt)
         session = cls(model, BPETokenizer.from_pretrained(folder if has_tokenizer else base), system, enable_thinking, sampling)
         if base is not folder:
             session.use_adapter(folder)
@@ -183,6 +192,8 @@ class ChatSession:
             for piece in pieces:
                 reply.completion_tokens += len(piece.ids)
                 reply.reused_tokens = self._cache.reused
+                if piece.ids and self.engine.steps_used is not None:
+                    reply.reasoning_steps += int(self.engine.steps_used[0, -1])
                 reply.finish_reason = piece.finish_reason or reply.finish_reason
                 if piece.channel == "answer":
                     reply.text += piece.text

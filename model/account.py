@@ -47,7 +47,8 @@ class Account:
             shape = config.reasoning_shape
             attention = width * size * (shape.n_head + 2 * shape.kv_heads) + shape.n_head * size * width + 2 * size
             step = 2 * attention + 3 * width * shape.ffn_size + 3 * width
-            body += step + config.reasoning_steps * width + width * width + 3 * width + 1  # with step embedding, fusion, norms, confidence
+            body += step + config.reasoning_steps * width + width * width + 2 * width  # with step embedding, fusion, norms
+            body += max(width // 4, 1) * (width + 1) + 1  # confidence
             repeated = (config.reasoning_steps - 1) * (step - 2 * width * size * shape.kv_heads)  # keys and values of the trunk: once
         embedding = config.vocab_size * width
         total = body + embedding * (1 if config.tie_word_embeddings else 2)

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import NEUTRAL_PARTS, HaoAIConfig, added_parts
+from model.config import NEUTRAL_PARTS, HaoAIConfig, allowed_changes, training_settings
 from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, model_type, portability_notes, read_config
 from model.files import atomic_directory, atomic_write_text, recover_directory, sync, temporary_name
 
@@ -113,6 +113,24 @@ def finished(model: SmartHaoAI) -> tuple[HaoAIConfig, dict[str, Tensor]]:
     return config, state
 
 
+def load_finished(path: str | Path, log: Callable[[str], object] = print) -> SmartHaoAI:
+    """The model of a directory as `save_pretrained` would finish it: for exports. Says what was folded or left out, in a checkpoint of
+    a running training. Errors as in `load_pretrained`."""
+    from model.transformer import SmartHaoAI
+
+    model = load_pretrained(path)
+    if model.config.residual_scale:
+        log("residual_scale=True: the learned scales are folded into o_proj and down_proj")
+    if model.config.deep_supervision != "none":
+        log(f"deep_supervision={model.config.deep_supervision!r}: the heads, which only training uses, are left out")
+    config, state = finished(model)
+    if config == model.config:
+        return model
+    plain = SmartHaoAI(config)
+    plain.load_state_dict(state)
+    return plain.eval()
+
+
 def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """model.safetensors, or model-00001-of-00003.safetensors and so on with their index; files of an earlier save are removed.
 
@@ -195,16 +213,18 @@ def load_pretrained(
 
     make: the class, None for SmartHaoAI. source: the weights in the form that the class needs, None for those of the directory.
     parts: settings of NEUTRAL_PARTS to switch on in a model that was trained without them, with what belongs to them
-    (PART_SETTINGS); it computes the same until it is trained.
+    (PART_SETTINGS); it computes the same until it is trained. And TRAINING_SETTINGS, in any model that has the part they belong to.
     """
     path = find_model(path)
     config = load_config(path)
-    added = added_parts(config, parts)
-    fixed = sorted(name for name, value in parts.items() if name not in added and getattr(config, name, None) != value)
+    changes = allowed_changes(config, parts)
+    fixed = sorted(name for name, value in parts.items() if name not in changes and getattr(config, name, None) != value)
     if fixed:
-        raise ValueError(f"{', '.join(fixed)} cannot be changed in a trained model; these can: {', '.join(NEUTRAL_PARTS)}")
-    new_parts = [name for name in added if name in NEUTRAL_PARTS]
-    return build_model(dataclasses.replace(config, **added), source or open_weights(path), device, dtype, new_parts, make)
+        free = ", ".join([*NEUTRAL_PARTS, *training_settings(config)])
+        use = "; in use: model.reasoning_steps = N" if "reasoning_steps" in fixed and config.use_reasoning else ""
+        raise ValueError(f"{', '.join(fixed)} cannot be changed in a trained model; these can: {free}{use}")
+    new_parts = [name for name in changes if name in NEUTRAL_PARTS]
+    return build_model(dataclasses.replace(config, **changes), source or open_weights(path), device, dtype, new_parts, make)
 
 
 def build_model(
@@ -477,6 +497,7 @@ __all__ = [
     "fill",
     "find_model",
     "load_config",
+    "load_finished",
     "load_pretrained",
     "load_weights",
     "model_type",

@@ -57,6 +57,15 @@ PART_SETTINGS = {
         "reasoning_halt",
     ),
 }
+# What can be set anew on any checkpoint, by the part that must be there for it ("": nothing). No weight depends on these, and only
+# training heeds them, but for reasoning_halt, which is a choice of use. reasoning_steps is none of them: it sizes the step embedding
+# (in use: `model.reasoning_steps`). router_bias_rate is none: it decides whether the model has choice biases.
+TRAINING_SETTINGS = {
+    "": ("dropout", "attention_dropout"),
+    "n_expert": ("router_aux_loss_coef", "router_balance_scope", "router_z_loss_coef"),
+    "deep_supervision": ("deep_supervision_coef",),
+    "use_reasoning": ("reasoning_step_coef", "reasoning_ponder_coef", "reasoning_halt"),
+}
 ROPE_SCALING_NUMBERS = (
     "factor",
     "original_max_position_embeddings",
@@ -414,13 +423,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def added_parts(config: HaoAIConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `wanted` (fields and values) switches on optional parts that `config` lacks, and the settings that belong to them."""
+def training_settings(config: HaoAIConfig) -> list[str]:
+    """The TRAINING_SETTINGS of the parts that `config` has."""
+    plain = HaoAIConfig()
+    return [
+        name for part, names in TRAINING_SETTINGS.items() if not part or getattr(config, part) != getattr(plain, part) for name in names
+    ]
+
+
+def allowed_changes(config: HaoAIConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `wanted` (fields and values) may differ in a model that was trained with `config`.
+
+    Optional parts that it lacks, with the settings that belong to them, and the settings that no weight depends on.
+    """
     plain = HaoAIConfig()
     added = {name: value for name, value in wanted.items() if name in NEUTRAL_PARTS}
     added = {name: value for name, value in added.items() if getattr(config, name) == getattr(plain, name) != value}
-    with_them = {name for part in added for name in PART_SETTINGS.get(part, ())}
-    return {**added, **{name: value for name, value in wanted.items() if name in with_them}}
+    free = {*training_settings(config), *(name for part in added for name in PART_SETTINGS.get(part, ()))}
+    return {**added, **{name: value for name, value in wanted.items() if name in free}}
 
 
 def _is_positive(value: Any) -> bool:

@@ -323,11 +323,14 @@ def _windows_from_disk(data: dict[str, Any], kind: str) -> dict[str, Any]:
     layers, size = _whole(data, "num_hidden_layers", most=MOST_PARTS), data.get("sliding_window")
     if kind == "haoai":
         return {name: data[name] for name in OWN_FIELDS[1:] if data.get(name) is not None}
+    switch = data.get("use_sliding_window")
+    if switch is not None and not isinstance(switch, bool):
+        raise ValueError(f"use_sliding_window must be true or false, not {switch!r}")
     if kind == "llama" or not size:  # transformers has no windows in llama, whatever the file says
         return {}
     if kind in ("mistral", "mixtral"):
         pattern = "S"
-    elif not data.get("use_sliding_window"):
+    elif not switch:
         return {}
     elif kind == "qwen3_moe":
         pattern = "S"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 WHERE = ("layers.", "reasoning.")
-NEVER = (".mlp.gate", ".confidence")  # a router's rows are addresses; the readout is not called as a layer
+NEVER = (".mlp.gate", ".confidence.hidden", ".confidence.out")  # a router's rows are addresses; the readout is not called as a layer
 SMALLEST_NORM = 1e-12  # of a row that is all zeros, as in a gate that was just added
 
 

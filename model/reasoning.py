@@ -86,6 +86,29 @@ class CrossAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
+class ConfidenceReadout(nn.Module):
+    """Normalised state (..., C) -> (...) fp32, the logit of the probability that the prediction from this state is right.
+
+    The hidden layer is not for want of expression: a state's large common parts make a linear readout learn too slowly to keep up
+    with states that still change.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, max(width // 4, 1), bias=False)
+        self.out = nn.Linear(self.hidden.out_features, 1)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        with torch.autocast(normed.device.type, enabled=False):  # a rounding error here would be another number of steps
+            hidden = F.silu(F.linear(normed.float(), self.hidden.weight.float()))
+            return F.linear(hidden, self.out.weight.float(), self.out.bias.float())[..., 0]
+
+    def of_states(self, normed: Tensor) -> Tensor:
+        """The same, where only the states learn."""
+        detached = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(self, detached, (normed,))
+
+
 class ReasoningModule(nn.Module):
     """n steps of one block over the trunk's output. See the top of the file; the sizes are those of `config.reasoning_shape`."""
 
@@ -105,12 +128,12 @@ class ReasoningModule(nn.Module):
         self.mlp = SmartFeedForward(shape)
         self.read_norm = RMSNorm(width, eps)
         self.out_proj = nn.Linear(width, width, bias=False)
-        self.confidence = nn.Linear(width, 1)
+        self.confidence = ConfidenceReadout(width)
         self.reset_parts()
 
     def reset_parts(self) -> None:
         """Close the way back into the trunk's output; every confidence is 1/2."""
-        for parameter in (self.out_proj.weight, self.confidence.weight, self.confidence.bias):
+        for parameter in (self.out_proj.weight, self.confidence.out.weight, self.confidence.out.bias):
             nn.init.zeros_(parameter)
 
     def forward(
@@ -174,16 +197,9 @@ class ReasoningModule(nn.Module):
         """The trunk's output (..., C) with what a state (..., C) adds to it."""
         return trunk + self.out_proj(self.read_norm(state))
 
-    def confidence_logit(self, state: Tensor, weight: Tensor | None = None) -> Tensor:
-        """States (..., C) -> (...) fp32, the logit of the probability that the prediction from this state is right.
-
-        Learning the readout leaves the states as they are. With a detached `weight` it is the other way round.
-        """
-        normed = self.read_norm(state).float()
-        with torch.autocast(state.device.type, enabled=False):  # a rounding error here would be another number of steps
-            if weight is not None:
-                return F.linear(normed, weight.float(), self.confidence.bias.detach().float())[..., 0]
-            return F.linear(normed.detach(), self.confidence.weight.float(), self.confidence.bias.float())[..., 0]
+    def confidence_logit(self, state: Tensor) -> Tensor:
+        """States (..., C) -> (...) fp32, the logit of the confidence. Learning the readout leaves the states as they are."""
+        return self.confidence(self.read_norm(state).detach())
 
     def losses(self, path: ReasoningPath, chosen: Tensor, targets: Tensor, hits: Tensor, head_loss: HeadLoss) -> dict[str, Tensor]:
         """Summed losses besides that of the last step's prediction, by name, each with its coefficient.
@@ -222,5 +238,5 @@ class ReasoningModule(nn.Module):
 
         Only the states learn from it; the confidences stay estimates of what is right.
         """
-        going_on = F.logsigmoid(-self.confidence_logit(earlier, self.confidence.weight.detach())).cumsum(dim=0).exp()  # (n - 1, N)
+        going_on = F.logsigmoid(-self.confidence.of_states(self.read_norm(earlier))).cumsum(dim=0).exp()  # (n - 1, N)
         return (1 + going_on.sum(dim=0)).sum() / (len(earlier) + 1)

@@ -39,7 +39,8 @@ class RewardModel(SmartHaoAI):
         super().__init__(config)
         self.lm_head = None
         self.score_head = ScalarHead(config.n_embd, bias=False)
-        self.reasoning_halt = 0.0  # the confidence that halts is about next tokens, which this model does not predict
+        if self.reasoning is not None:
+            self.reasoning_halt = 0.0  # the confidence that halts is about next tokens, which this model does not predict
         self._aux_loss: Tensor | None = None
 
     def forward(  # type: ignore[override]  # a score is no ModelOutput: nothing that asks for logits can use this model

@@ -5,6 +5,7 @@ Shapes: B batch, T time, C channels (n_embd), V vocabulary, S keys.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,9 +78,7 @@ class SmartHaoAI(nn.Module):
         self.adapter: Adapter | None = None
         """The LoRA adapter in use; set by `model.lora.use_adapter`."""
         self.reasoning = ReasoningModule(config) if config.use_reasoning else None
-        self.reasoning_halt = config.reasoning_halt
-        """Confidence above which a token takes no more reasoning steps, in evaluation; 0: never. May be changed."""
-        self._reasoning_steps = config.reasoning_steps
+        self._reasoning_steps, self._reasoning_halt = config.reasoning_steps, config.reasoning_halt
         self.deep_weight = 1.0
         """Share of deep_supervision_coef that counts now; the loop lowers it to 0 at the end of a run."""
         self.initialised(self)
@@ -110,11 +109,26 @@ class SmartHaoAI(nn.Module):
 
     @reasoning_steps.setter
     def reasoning_steps(self, steps: int) -> None:
+        self.set_reasoning(steps=steps)
+
+    @property
+    def reasoning_halt(self) -> float:
+        """Confidence above which a token takes no more reasoning steps, in evaluation; 0: never. May be set."""
+        return self._reasoning_halt
+
+    @reasoning_halt.setter
+    def reasoning_halt(self, halt: float) -> None:
+        self.set_reasoning(halt=halt)
+
+    def set_reasoning(self, steps: int | None = None, halt: float | None = None) -> None:
+        """Set `reasoning_steps` and `reasoning_halt`; None leaves one as it is. ValueError changes neither."""
+        if steps is None and halt is None:
+            return
         if self.reasoning is None:
             raise ValueError("the model has no reasoning head; add one: SmartHaoAI.from_pretrained(path, use_reasoning=True)")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"reasoning_steps must be a positive integer, not {steps!r}")
-        self._reasoning_steps = steps
+        steps, halt = (self._reasoning_steps if steps is None else steps), (self._reasoning_halt if halt is None else halt)
+        checked = dataclasses.replace(self.config, reasoning_steps=steps, reasoning_halt=halt)
+        self._reasoning_steps, self._reasoning_halt = checked.reasoning_steps, checked.reasoning_halt
 
     @property
     def reasoning_setting(self) -> tuple[int, float] | None:

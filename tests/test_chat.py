@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import chat
+from inference import ChatSession, SamplingSettings
 from inference.chat_texts import TEXTS
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 
@@ -86,6 +87,53 @@ def test_conversations_are_saved_and_loaded(folder):
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert "not a saved conversation" in done.stderr.decode()
+
+
+def obey(model, tokenizer, language, *lines):
+    """The exit status of a REPL that reads these lines; what it says is for capsys."""
+    session = ChatSession(model, tokenizer, settings=SamplingSettings(temperature=0, max_new_tokens=4))
+    left = iter([*lines, "/quit"])
+    console = chat.Console(language, interactive=False)
+    return chat.Repl(session, console, streaming=True, show_thinking=False).run(lambda prompt: next(left))
+
+
+def test_steps_are_shown_set_and_refused(folder, capsys):
+    """Guards: a setting that is half taken over from a wrong line; silence about a model that has nothing to set."""
+    tokenizer = BPETokenizer.from_pretrained(folder / "weight" / "sft")
+    model = SmartHaoAI.from_pretrained(folder / "weight" / "sft", use_reasoning=True)
+    assert obey(model, tokenizer, "en", "/steps", "/steps 2", "/steps 7   0.9", "hello", "/steps 7 0") == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert ["4, all" in notes[0], "2, all" in notes[1], "most 7" in notes[2] and "0.9" in notes[2], "7, all" in notes[-1]] == [True] * 4
+    model.set_reasoning(3, 0.5)
+    for wrong in ("0", "2.5", "many", "2 1", "2 -1", "2 nan", "5 0.5 0.5"):
+        assert obey(model, tokenizer, "zh", f"/steps {wrong}") == 1
+        assert f"而不是 {wrong}" in capsys.readouterr().err and model.reasoning_setting == (3, 0.5)
+    plain = SmartHaoAI.from_pretrained(folder / "weight" / "sft")
+    for language, part in (("en", "no reasoning head"), ("zh", "没有推理头")):
+        assert obey(plain, tokenizer, language, "/steps 2") == 1
+        assert part in capsys.readouterr().err
+
+
+def test_the_mean_number_of_steps_is_shown_in_a_terminal(folder, capsys):
+    """Guards: a line about steps in a pipe's answers, or about a model that never halts."""
+    tokenizer = BPETokenizer.from_pretrained(folder / "weight" / "sft")
+    session = ChatSession(SmartHaoAI.from_pretrained(folder / "weight" / "sft", use_reasoning=True), tokenizer)
+    session.settings = SamplingSettings(temperature=0, max_new_tokens=4)
+    for interactive, halt, shown in ((True, 1e-9, True), (True, 0.0, False), (False, 1e-9, False)):
+        session.model.reasoning_halt = halt
+        chat.Repl(session, chat.Console("en", interactive), streaming=True, show_thinking=False)._answer("hello")
+        assert ("a mean of 1.0 reasoning steps a token, at most 4" in "".join(capsys.readouterr())) == shown
+
+
+def test_options_for_steps_reach_the_model(folder, tmp_path):
+    """Guards: an option that is read and forgotten, and a traceback where the model has no head."""
+    model = SmartHaoAI.from_pretrained(folder / "weight" / "sft", use_reasoning=True)
+    model.save_pretrained(tmp_path / "head", BPETokenizer.from_pretrained(folder / "weight" / "sft"))
+    words = ("--lang", "en", "--reasoning-steps", "6", "--reasoning-halt", "0.25")
+    done = piped(folder, "/steps\n", "--model", str(tmp_path / "head"), *words)
+    assert done.returncode == 0 and b"at most 6" in done.stderr and b"0.25" in done.stderr, done.stderr
+    done = piped(folder, "hi\n", "--model", "weight/sft", *words)
+    assert done.returncode == 1 and b"no reasoning head" in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_no_model_says_how_to_make_one(folder, tmp_path):

@@ -2,6 +2,7 @@
 
     python -m tools.evaluate bpb --model DIR --data FILE... [--context N] [--stride N] [--limit-kb N] [--json]
     python -m tools.evaluate probes --model DIR [--per-kind 50] [--show N] [--json]
+    ... [--reasoning-steps N] [--reasoning-halt P]      # of a model with a reasoning head
 
 bpb: bits per UTF-8 byte of held-out text, per file, comparable between tokenizers. probes: pass rates on held-out prompts of the
 generated curriculum (greetings, identity, facts, sums, stories; zh and en), greedy answers.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,10 +35,12 @@ PROBE_BATCH = 50
 PROBE_TOKENS = 220
 
 
-def load(folder: str, device: str = "auto") -> tuple[SmartHaoAI, BPETokenizer]:
-    """A checkpoint's model and tokenizer, ready for inference."""
+def load(folder: str, device: str = "auto", steps: int | None = None, halt: float | None = None) -> tuple[SmartHaoAI, BPETokenizer]:
+    """A checkpoint's model and tokenizer, ready for inference; steps and halt as in `SmartHaoAI.set_reasoning`."""
     path = find_model(folder)
-    return SmartHaoAI.from_pretrained(path, device_name(device)), BPETokenizer.from_pretrained(path)
+    model = SmartHaoAI.from_pretrained(path, device_name(device))
+    model.set_reasoning(steps, halt)
+    return model, BPETokenizer.from_pretrained(path)
 
 
 def file_bits_per_byte(
@@ -89,11 +93,15 @@ def probe_table(result: dict[str, Any]) -> str:
 
 
 def _bpb(args: argparse.Namespace) -> None:
-    model, tokenizer = load(args.model, args.device)
+    if args.context is not None and args.context < 1:
+        raise UsageError(f"--context {args.context} must be at least 1")
+    if args.limit_kb is not None and not 0.001 <= args.limit_kb < math.inf:
+        raise UsageError(f"--limit-kb {args.limit_kb:g} must be a number of kB (10^3 bytes), at least 0.001")
+    limit = None if args.limit_kb is None else int(args.limit_kb * 1000)
+    model, tokenizer = load(args.model, args.device, args.reasoning_steps, args.reasoning_halt)
     context = args.context or model.config.max_position_embeddings
     rows = []
     for file in expand_paths(list(args.data)):
-        limit = None if args.limit_kb is None else int(args.limit_kb * 1000)
         result = file_bits_per_byte(model, tokenizer, file.path, context, args.stride, limit)
         rows.append({"file": str(file.path), "bytes": result.bytes, "tokens": result.tokens, "bpb": result.bpb})
         if not args.json:
@@ -105,7 +113,7 @@ def _bpb(args: argparse.Namespace) -> None:
 def _probes(args: argparse.Namespace) -> None:
     if args.per_kind < 1:
         raise UsageError(f"--per-kind {args.per_kind} must be at least 1")
-    model, tokenizer = load(args.model, args.device)
+    model, tokenizer = load(args.model, args.device, args.reasoning_steps, args.reasoning_halt)
     answers = answer_probes(model, tokenizer, args.per_kind, args.seed)
     result = score(answers)
     if args.json:
@@ -141,6 +149,12 @@ def main(argv: list[str] | None = None) -> None:
     for command in (bpb, ask):
         command.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+        command.add_argument(
+            "--reasoning-steps", type=int, metavar="N", help="latent steps of the reasoning head (default: as in training)"
+        )
+        command.add_argument(
+            "--reasoning-halt", type=float, metavar="P", help="a token that is surer than P takes no more steps; 0: all take all"
+        )
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(argv)
     _bpb(args) if args.command == "bpb" else _probes(args)

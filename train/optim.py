@@ -17,7 +17,7 @@ from train.config import OptimizationConfig
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 # Not maps from one space to another, though they have two dimensions: a router's and a temperature's rows are addresses, a table's entries.
-NOT_MAPS = (".mlp.gate.weight", ".temperature", ".value_table.weight", ".step_embedding.weight", ".confidence.weight")
+NOT_MAPS = (".mlp.gate.weight", ".temperature", ".value_table.weight", ".step_embedding.weight", ".confidence.out.weight")
 
 
 ADAPTER = ".adapter."

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import find_model, load_config
-from model.config import HaoAIConfig, added_parts
+from model.config import NEUTRAL_PARTS, HaoAIConfig, allowed_changes
 from model.files import atomic_write_text
 from model.lora import Adapter, inject_lora
 from model.tokenizer import BPETokenizer
@@ -99,13 +99,17 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
     if settings.model_dir is not None:
         folder = find_model(settings.model_dir)
         config = load_config(folder)
+        changes = _allowed_changes(settings, config)
         for name, value in settings.model_shape().items():
-            if name in settings.model and getattr(config, name) != value and name not in _added_parts(settings, config):
+            if name in settings.model and getattr(config, name) != value and name not in changes:
                 raise UsageError(f"model.{name}={value!r} does not fit the checkpoint {folder}, which has {getattr(config, name)!r}")
-        added = _added_parts(settings, config)
+        added = [name for name in changes if name in NEUTRAL_PARTS]
         if added and settings.lora.r:
             raise UsageError(f"model.{min(added)}: an adapter's base stays as it is; train the new part first, without lora.r")
-        config = replace(config, **added)
+        try:
+            config = replace(config, **changes)
+        except ValueError as error:
+            raise UsageError(f"model settings: {error}") from error
     elif settings.lora.r:
         raise UsageError(f"lora.r={settings.lora.r} needs model_dir: an adapter changes a finished model")
     else:
@@ -122,9 +126,9 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
     return config
 
 
-def _added_parts(settings: StageConfig, config: HaoAIConfig) -> dict[str, Any]:
-    """Optional parts that are set by name and that the checkpoint's `config` lacks: they start without an effect."""
-    return added_parts(config, {name: value for name, value in settings.model_shape().items() if name in settings.model})
+def _allowed_changes(settings: StageConfig, config: HaoAIConfig) -> dict[str, Any]:
+    """What is set by name and may differ from the checkpoint's `config`: parts that start without an effect, and settings of training."""
+    return allowed_changes(config, {name: value for name, value in settings.model_shape().items() if name in settings.model})
 
 
 def make_model(settings: StageConfig, config: HaoAIConfig, make: type[SmartHaoAI] = SmartHaoAI) -> SmartHaoAI:
@@ -132,7 +136,7 @@ def make_model(settings: StageConfig, config: HaoAIConfig, make: type[SmartHaoAI
     seed_everything(settings.train.seed)
     if settings.model_dir is None:
         return make(config)
-    model = make.from_pretrained(settings.model_dir, **_added_parts(settings, load_config(find_model(settings.model_dir))))
+    model = make.from_pretrained(settings.model_dir, **_allowed_changes(settings, load_config(find_model(settings.model_dir))))
     if settings.lora.r:
         inject_lora(model, settings.lora, Path(settings.model_dir).as_posix())
     return model

@@ -67,6 +67,54 @@ def test_reused_cache_gives_the_replies_of_a_fresh_session(model, tokenizer):
     assert running.last.reused_tokens > running.last.prompt_tokens // 2
 
 
+def make_reasoner(make_model, tokenizer, seed):
+    """A model whose latent steps matter, with confidences that spread over (0, 1)."""
+    reasoner = make_model(tokenizer, seed=seed, use_reasoning=True, reasoning_steps=3)
+    with torch.no_grad():
+        reasoner.reasoning.out_proj.weight.normal_(std=0.5)
+        reasoner.reasoning.confidence.weight.normal_(std=0.5)
+    return reasoner
+
+
+def test_other_steps_in_mid_conversation_give_the_replies_of_a_fresh_session(make_model, tokenizer):
+    """Guards: a turn that goes on from keys and values of another number of steps; steps counted of a reply that took all."""
+    reasoner = make_reasoner(make_model, tokenizer, seed=1)
+    running = make_session(reasoner, tokenizer)
+    last = None
+    for steps, halt in ((3, 0.0), (1, 0.0), (6, 0.5), (6, 0.5), (3, 0.0)):
+        changed, last = last != (steps, halt), (steps, halt)
+        reasoner.set_reasoning(steps, halt)
+        fresh = make_session(reasoner, tokenizer)
+        fresh.load_messages(running.messages)
+        assert running.chat("一加一") == fresh.chat("一加一")
+        assert fresh.last.reused_tokens == 0 and (running.last.reused_tokens == 0) == changed
+        assert running.last.reasoning_steps == fresh.last.reasoning_steps
+        count = running.last.completion_tokens
+        assert count <= running.last.reasoning_steps <= steps * count if halt else running.last.reasoning_steps == 0
+
+
+def test_steps_of_a_reply_are_those_of_its_own_tokens(make_model, tokenizer):
+    """Guards: a count that takes in the prompt, or leaves out the first token of the reply."""
+    reasoner = make_reasoner(make_model, tokenizer, seed=3)
+    chat = make_session(reasoner, tokenizer, max_new_tokens=9, eos_token_id=[])
+    for halt, each in ((1e-9, 1), (1 - 1e-9, 3)):
+        reasoner.set_reasoning(halt=halt)
+        chat.chat("你好")
+        assert chat.last.completion_tokens == 9 and chat.last.reasoning_steps == 9 * each
+
+
+def test_from_pretrained_takes_steps_and_threshold(tmp_path, make_model, model, tokenizer):
+    """Guards: names that are taken for sampling settings; a model without a head that seems to obey."""
+    make_reasoner(make_model, tokenizer, seed=0).save_pretrained(tmp_path / "head", tokenizer)
+    chat = ChatSession.from_pretrained(tmp_path / "head", device="cpu", reasoning_steps=5, reasoning_halt=0.8, max_new_tokens=3)
+    assert chat.model.reasoning_setting == (5, 0.8) and chat.chat("hi") is not None
+    assert ChatSession.from_pretrained(tmp_path / "head", device="cpu").model.reasoning_setting == (3, 0.0)
+    model.save_pretrained(tmp_path / "plain", tokenizer)
+    for words in ({"reasoning_steps": 2}, {"reasoning_halt": 0.0}):
+        with pytest.raises(ValueError, match="no reasoning head"):
+            ChatSession.from_pretrained(tmp_path / "plain", device="cpu", **words)
+
+
 def test_long_conversations_drop_their_oldest_turns(model, tokenizer):
     chat = make_session(model, tokenizer)
     chat.system = "SYSTEM TEXT"

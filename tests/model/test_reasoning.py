@@ -49,7 +49,7 @@ def opened(make_model, halt: float = 0.0, **fields: Any) -> SmartHaoAI:
                 if module is not None:
                     module.weight.normal_(std=0.3)
         model.reasoning.out_proj.weight.normal_(std=0.3)
-        model.reasoning.confidence.weight.normal_(std=0.4)
+        model.reasoning.confidence.out.weight.normal_(std=0.8)
     return model
 
 
@@ -304,8 +304,17 @@ def test_other_numbers_of_steps(make_model, seed: int) -> None:
             assert_same(model(more, cache=cache).logits, model(torch.cat((ids, more), dim=1)).logits[:, 9:])
     with pytest.raises(ValueError, match="reasoning_steps .*0"):
         model.reasoning_steps = 0
-    with pytest.raises(ValueError, match="no reasoning head"):
-        make_model().reasoning_steps = 2
+    for change in ((0, 0.5), (2, 1.0), (2, -0.1), (2, float("nan"))):
+        with pytest.raises(ValueError, match="reasoning_(steps|halt)"):
+            model.set_reasoning(*change)
+        assert (model.reasoning_steps, model.reasoning_halt) == (7, 0.0)  # neither of them
+    model.set_reasoning(halt=0.5)
+    assert model.reasoning_setting == (7, 0.5)
+    plain = make_model()
+    plain.set_reasoning()  # nothing is asked of a head that is not there
+    for name, value in (("reasoning_steps", 2), ("reasoning_halt", 0.5)):
+        with pytest.raises(ValueError, match="no reasoning head"):
+            setattr(plain, name, value)
 
 
 def test_every_step_has_its_own_embedding_and_later_ones_the_last(make_model, seed: int) -> None:
@@ -390,11 +399,11 @@ def test_gradients_reach_everything_and_stay_where_they_belong(fields: dict[str,
     model.zero_grad()
     model(ids, labels=ids).deep_losses["confidence_loss"].backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert reached == {"reasoning.confidence.weight", "reasoning.confidence.bias"}
+    assert reached == {"reasoning.confidence.hidden.weight", "reasoning.confidence.out.weight", "reasoning.confidence.out.bias"}
     if "ponder_loss" in out.deep_losses:
         model.zero_grad()
         model(ids, labels=ids).deep_losses["ponder_loss"].backward()
-        assert model.reasoning.confidence.weight.grad is None and model.reasoning.mlp.down_proj.weight.grad.abs().sum() > 0
+        assert model.reasoning.confidence.out.weight.grad is None and model.reasoning.mlp.down_proj.weight.grad.abs().sum() > 0
 
 
 def test_the_losses_are_what_they_say(make_model, seed: int) -> None:
@@ -482,7 +491,7 @@ def test_optimisers_hold_the_head(make_model) -> None:
     muon = {id(p) for g in build_optimizers(model, OptimizationConfig(optimizer="muon"), "cpu")[1].param_groups for p in g["params"]}
     inside = {name for name, p in model.reasoning.named_parameters() if id(p) in muon}
     assert {"self_attn.qkv_proj.weight", "cross_attn.k_proj.weight", "mlp.gate_up_proj.weight", "out_proj.weight"} <= inside
-    assert not inside & {"step_embedding.weight", "confidence.weight"}
+    assert not inside & {"step_embedding.weight", "confidence.out.weight"}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ config

@@ -347,7 +347,7 @@ def test_the_temperature_against_explicit_attention(kind: str, window: int | Non
             first = 0 if window is None else max(0, t - window + 1)
             keys = t + 1 - first
             if kind == "query":
-                factor = 2 * torch.sigmoid(q[head, t] @ attention.temperature[head])
+                factor = 2 * torch.sigmoid(q[head, t] @ attention.temperature[head] / 6**0.5)
             else:
                 factor = 1 + attention.temperature[head] * torch.tensor(float(keys)).log()
             scores = factor * (turned[1][head, first : t + 1] @ turned[0][head, t]) / 6**0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -173,3 +174,19 @@ def test_onnx(name: str, checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / name).is_file() == name.endswith(".onnx")
     with pytest.raises(UsageError, match="exists"):
         main(["onnx", str(checkpoint), str(tmp_path / name)])
+
+
+def test_checkpoint_of_a_running_training_is_finished_first(
+    tmp_path: Path, tiny_config: HaoAIConfig, tiny_tokenizer: BPETokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a checkpoint with residual scales and training-only heads refused, or exported without its scales."""
+    pytest.importorskip("transformers")
+    model = SmartHaoAI(dataclasses.replace(tiny_config, residual_scale=True, deep_supervision="tokens"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_scale"):
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    save_pretrained(model, tmp_path / "step", tiny_tokenizer, resumable=True)
+    main(["hf", str(tmp_path / "step"), str(tmp_path / "out")])  # fails when log-probabilities differ
+    said = capsys.readouterr().out
+    assert "residual_scale=True" in said and "deep_supervision='tokens'" in said

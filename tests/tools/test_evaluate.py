@@ -15,6 +15,7 @@ import torch
 from model import BPETokenizer, SmartHaoAI
 from tools.curriculum import score as score_probes
 from tools.evaluate import answer_probes, load, main, probe_table
+from train.config import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["小猫在窗边睡觉，阳光照在它的身上。", "The quick brown fox jumps over the lazy dog."]
@@ -88,6 +89,40 @@ def test_impossible_windows_are_named(checkpoint: Path, texts: Path, words: list
     """Guards a message instead of a figure from a context that the model does not have."""
     with pytest.raises(ValueError, match=part):
         main(["bpb", "--model", str(checkpoint), "--data", str(texts), "--device", "cpu", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--context", "0"], ["--context", "-4"], ["--limit-kb", "-1"], ["--limit-kb", "0"], ["--limit-kb", "nan"], ["--limit-kb", "inf"]],
+)
+def test_impossible_limits_are_refused(checkpoint: Path, texts: Path, words: list[str]) -> None:
+    """Guards: a context of 0 that is taken for none given; a limit below 0 that cuts the ends off the texts."""
+    with pytest.raises(UsageError, match=f"{words[0]} {words[1]} must"):
+        main(["bpb", "--model", str(checkpoint), "--data", str(texts), "--device", "cpu", *words])
+
+
+def test_steps_of_a_reasoning_head(checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a figure said to be of so many steps that was measured with those of training; options that a plain model ignores."""
+    model = SmartHaoAI.from_pretrained(checkpoint, use_reasoning=True, reasoning_steps=2)
+    assert model.reasoning is not None
+    with torch.no_grad():
+        for weight in model.reasoning.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=0.3)  # each step's prediction is another one
+    model.save_pretrained(tmp_path / "head", BPETokenizer.from_pretrained(checkpoint))
+    base = ["--data", str(texts), "--device", "cpu", "--json"]
+
+    def measured(*words: str) -> float:
+        main(["bpb", "--model", str(tmp_path / "head"), *base, *words])
+        return json.loads(capsys.readouterr().out)["files"][0]["bpb"]
+
+    two, one = measured("--reasoning-steps", "2"), measured("--reasoning-steps", "1")
+    assert two == measured() and abs(two - one) > 1e-4
+    assert measured("--reasoning-steps", "5", "--reasoning-halt", "1e-9") == pytest.approx(one, abs=1e-6)
+    for words in (["bpb", *base], ["probes", "--device", "cpu"]):
+        for option in ("--reasoning-steps", "--reasoning-halt"):
+            with pytest.raises(ValueError, match="no reasoning head"):
+                main([*words, "--model", str(checkpoint), option, "0" if option.endswith("halt") else "2"])
 
 
 def test_nothing_to_measure(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

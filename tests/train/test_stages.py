@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,8 @@ def test_a_dry_run_writes_no_out_dir(command: Command, pretrained: Path, tmp_pat
         (["model.n_layer=3"], 2, ["model.n_layer=3", "2"]),
         (["model.n_embd=64"], 2, ["model.n_embd"]),
         (["data.max_length=512"], 2, ["512", "256"]),
+        (["model.dropout=1.5"], 2, ["dropout", "1.5"]),
+        (["model.reasoning_halt=0.5"], 2, ["model.reasoning_halt=0.5", "0.0"]),
         (["train.device=nonsense"], 2, ["nonsense"]),
         (["data.sft_file=training_data/pretrain/a.jsonl"], 1, ["a.jsonl"]),
         (["data.val_file=nowhere.jsonl"], 1, ["nowhere.jsonl"]),
@@ -178,6 +181,21 @@ def test_the_checkpoints_shape_wins_over_a_preset(command: Command, pretrained: 
     status, _, err = command("pretrain", *SMALL, "out_dir=more", "model_dir=weight/pretrain", "model.preset=nano", "model.n_layer=2")
     assert status == 0, err
     assert SmartHaoAI.from_pretrained(tmp_path / "more").config.n_embd == 32
+
+
+def test_settings_of_training_change_from_stage_to_stage(command: Command, pretrained: Path, tmp_path: Path) -> None:
+    """Guards fine-tuning that cannot set what only training heeds, or that hands on another model than it trained."""
+    words = ["model.use_reasoning=true", "model.reasoning_steps=2", "model.reasoning_ponder_coef=0.1", "model.dropout=0.2"]
+    status, _, err = command("sft", *SMALL, "out_dir=first", *words)
+    assert status == 0, err
+    words = ["model.reasoning_ponder_coef=0.02", "model.reasoning_halt=0.5", "model.dropout=0", "model.reasoning_steps=2"]
+    status, _, err = command("sft", *SMALL, "model_dir=first", "out_dir=second", *words)
+    assert status == 0, err
+    first, second = (SmartHaoAI.from_pretrained(tmp_path / name).config for name in ("first", "second"))
+    assert (first.dropout, first.reasoning_ponder_coef, first.reasoning_halt) == (0.2, 0.1, 0.0)
+    assert second == replace(first, dropout=0.0, reasoning_ponder_coef=0.02, reasoning_halt=0.5)
+    one_error(command("sft", *SMALL, "model_dir=first", "out_dir=third", "model.reasoning_steps=9"), 2, "model.reasoning_steps=9", "has 2")
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_row_shorter_than_one_turn(command: Command, pretrained: Path) -> None:

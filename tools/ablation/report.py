@@ -8,17 +8,17 @@ learning rate falls there: a curve cannot be read off before its end. So the bas
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.files import atomic_write_bytes, atomic_write_text
-from tools.ablation.results import Interval, LengthCurve, Result, interval, read_result
+from model.files import atomic_write_text
+from tools.ablation.results import SPIKE, Interval, LengthCurve, Result, interval, read_result
 from tools.ablation.settings import AblationConfig, Run, run_name
 from tools.ablation.timing import StepTimes, read_step_times
+from tools.plotting import pyplot, save_figure
 
 NONE = "–"
 FIRST_SHOWN = 0.15  # share of a run that the plots leave out: there all variants fall steeply
@@ -157,7 +157,7 @@ def markdown(table: Table, config: AblationConfig) -> str:
     files = sorted({name for row in table.rows for result in row.results.values() for name in result.bpb_by_file})
     probes = any(result.probes for row in table.rows for result in row.results.values())
     heads = ["variant", "seeds", "parameters (active), M", "step time", "tokens/s", "memory, MiB", "bits/byte", *files]
-    heads += ["equal tokens", "equal time"] + (["probes"] if probes else []) + ["largest gradient"]
+    heads += ["equal tokens", "equal time"] + (["probes"] if probes else []) + ["largest gradient", "first token"]
     lines = [f"## {table.size or 'Results'}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in table.rows:
         lines.append("| " + " | ".join(_cells(row, files, probes)) + " |")
@@ -170,6 +170,10 @@ def markdown(table: Table, config: AblationConfig) -> str:
     if table.spread is not None and table.spread.count > 1:
         spread = _spread(first)
         notes.append(f"- The baseline over {table.spread.count} seeds: {table.spread.mean:.4f}, standard deviation {spread:.4f}.")
+    notes.append(
+        f"- Gradient: the largest norm after the first tenth of the run; a spike is over {SPIKE:g} times the run's median. First token: "
+        "share of the attention that goes to a text's first token, mean over the heads (and the head with most) of layers without a window."
+    )
     if table.times is not None:
         rounds = len(table.times.seconds[table.times.baseline])
         notes.append(
@@ -218,7 +222,11 @@ def _cells(row: Row, files: list[str], probes: bool) -> list[str]:
         passed, total = (sum(result.probes.get(key, 0) for result in row.results.values()) for key in ("passed", "total"))
         cells.append(f"{passed}/{total}" if total else NONE)
     skipped = sum(result.skipped for result in row.results.values())
-    return [*cells, _number(row.mean("largest_grad_norm"), ".2f") + (f", {skipped} skipped" if skipped else "")]
+    spikes = sum(result.spikes or 0 for result in row.results.values())
+    trouble = (f", {spikes} spikes" if spikes else "") + (f", {skipped} skipped" if skipped else "")
+    shares = [result.first_token for result in row.results.values() if result.first_token is not None]
+    sink = f"{sum(mean for mean, _ in shares) / len(shares):.3f} ({max(top for _, top in shares):.2f})" if shares else NONE
+    return [*cells, _number(row.mean("largest_grad_norm"), ".2f") + trouble, sink]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -237,30 +245,19 @@ def _difference(value: Interval | None) -> str:
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def _pyplot() -> Any:
-    """matplotlib.pyplot without a screen, None when it is not installed."""
+def _plots() -> Any:
+    """matplotlib.pyplot, or None: the tables can do without."""
     try:
-        import matplotlib
-    except ImportError:
+        return pyplot()
+    except ValueError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(pyplot: Any, figure: Any, file: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
-    pyplot.close(figure)
-    atomic_write_bytes(file, buffer.getvalue())
 
 
 def draw_curves(table: Table, baseline: str, file: Path) -> bool:
     """Held-out bits per byte over tokens and over time, a line per variant (mean of the seeds); False without matplotlib."""
-    pyplot = _pyplot()
+    plt = _plots()
     rows = [row for row in table.rows if row.share == 1]
-    if pyplot is None or not rows:
+    if plt is None or not rows:
         return False
     # Other seeds are measured on other held-out rows while they train, so only those that all variants have are drawn.
     common = set.intersection(*(set(row.results) for row in rows)) or None
@@ -268,8 +265,8 @@ def draw_curves(table: Table, baseline: str, file: Path) -> bool:
     rows = [row for row in rows if curves[row.name][0]]
     if not rows:
         return False
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), dpi=110, sharey=True)
-    colours = pyplot.get_cmap("tab20")
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), dpi=110, sharey=True)
+    colours = plt.get_cmap("tab20")
     for number, row in enumerate(sorted(rows, key=lambda row: curves[row.name][1][-1])):
         tokens, bpb = curves[row.name]
         shown = [i for i, count in enumerate(tokens) if count >= FIRST_SHOWN * tokens[-1]]
@@ -287,7 +284,7 @@ def draw_curves(table: Table, baseline: str, file: Path) -> bool:
     if table.size:
         figure.suptitle(table.size)
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, title="at the end")
-    _save(pyplot, figure, file)
+    save_figure(figure, file)
     return True
 
 
@@ -300,11 +297,11 @@ def mean_curve(results: Sequence[Result]) -> tuple[list[int], list[float]]:
 
 def draw_differences(table: Table, baseline: str, file: Path) -> bool:
     """Differences to the baseline with their intervals, best at equal tokens on top; False without matplotlib."""
-    pyplot = _pyplot()
+    plt = _plots()
     rows = sorted((row for row in table.rows if row.equal_tokens is not None), key=lambda row: row.equal_tokens.mean)  # type: ignore[union-attr]
-    if pyplot is None or not rows:
+    if plt is None or not rows:
         return False
-    figure, axis = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), dpi=110)
+    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), dpi=110)
     styles = (("equal_tokens", "equal tokens", "tab:blue", "o", -0.13), ("equal_time", "equal time", "tab:orange", "s", 0.13))
     for name, label, colour, marker, shift in styles:
         shown = [(place, value) for place, row in enumerate(rows) if (value := getattr(row, name)) is not None]
@@ -329,5 +326,5 @@ def draw_differences(table: Table, baseline: str, file: Path) -> bool:
     if table.size:
         axis.set_title(table.size)
     figure.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2)
-    _save(pyplot, figure, file)
+    save_figure(figure, file)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -17,15 +18,22 @@ import numpy as np
 import model
 import train
 from model.files import atomic_write_text
+from model.tokenizer import BPETokenizer
+from model.transformer import SmartHaoAI
+from tools.ablation.attention import FIRST_QUERY, first_token_attention
 from tools.ablation.settings import AblationConfig, Run
 from tools.curriculum import score
 from tools.evaluate import answer_probes, file_bits_per_byte, load
 from train.checkpoints import FOLDER as CHECKPOINTS
+from train.config import PretrainConfig
 from train.data_files import expand_paths
+from train.formats import BadRows, as_text, read_samples
 from train.metrics import read_jsonl
 from train.stage import model_config
 
 FILE = "result.json"
+SINK_TEXTS = 40  # of each held-out file
+SPIKE = 3.0
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table, that of the normal distribution.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 NORMAL_QUANTILE = 1.960
@@ -54,6 +62,10 @@ class Result:
     """Hash of the source of model/ and train/ when the run was finished."""
     probes: dict[str, Any] = field(default_factory=dict)
     """passed and total of the curriculum's held-out prompts."""
+    first_token: tuple[float, float] | None = None
+    """Share of attention on a text's first token: mean over the heads, and the head with most."""
+    spikes: int | None = None
+    """Logged rows after the first tenth whose largest gradient norm is over SPIKE times the median of the run."""
 
 
 def read_result(run: Run) -> Result | None:
@@ -95,10 +107,23 @@ def finish_run(run: Run, config: AblationConfig) -> Result:
         skipped=int(last.get("skipped", 0)),
         code=code_version(),
         probes={key: int(answers["overall"][key]) for key in ("passed", "total")} if answers else {},
+        first_token=_first_token(trained, tokenizer, run.settings),
+        spikes=sum(norm > SPIKE * statistics.median(norms) for norm in norms) if norms else None,
     )
     atomic_write_text(run.folder / FILE, json.dumps(asdict(result), ensure_ascii=False, indent=1) + "\n")
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
     return result
+
+
+def _first_token(trained: SmartHaoAI, tokenizer: BPETokenizer, settings: PretrainConfig) -> tuple[float, float] | None:
+    """`first_token_attention` on the beginnings of some held-out texts."""
+    rows: list[list[int]] = []
+    for file in expand_paths(settings.data.val_file) if settings.data.val_file else []:
+        texts = itertools.islice(read_samples(file.path, BadRows(), as_text), SINK_TEXTS)
+        rows += [[*tokenizer.document_start(), *tokenizer.encode(text)][: settings.data.max_length] for _, text in texts]
+    rows = [row for row in rows if len(row) > FIRST_QUERY]
+    shares = first_token_attention(trained, rows) if rows else (math.nan, math.nan)
+    return None if math.isnan(shares[0]) else shares
 
 
 def code_version() -> str:

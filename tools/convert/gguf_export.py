@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.attention import rotary_frequencies
-from model.checkpoint import find_model, load_pretrained, model_type, portability_notes, weights_to_disk
+from model.checkpoint import find_model, load_finished, model_type, portability_notes, weights_to_disk
 from model.config import HaoAIConfig
 from model.files import sync, temporary_name
 from model.tokenizer import BPETokenizer
@@ -65,7 +65,7 @@ def export_gguf(folder: str | Path, out_file: str | Path, dtype: str = "f32", lo
         raise ValueError(f"dtype={dtype!r} is not a type of this export; known: {', '.join(FILE_TYPES)}")
     folder, out_file = find_model(folder), Path(out_file)
     tokenizer = BPETokenizer.from_pretrained(folder)
-    model = load_pretrained(folder)
+    model = load_finished(folder, log)
     config = model.config
     check_expressible(config)
     vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, log)

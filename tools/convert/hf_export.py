@@ -13,7 +13,7 @@ from model.checkpoint import (
     GENERATION_FILE,
     MAX_SHARD_BYTES,
     find_model,
-    load_config,
+    load_finished,
     load_pretrained,
     model_type,
     portability_notes,
@@ -52,10 +52,11 @@ def export_hf(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not available for hf; choose one of: {', '.join(DTYPES)}")
     folder, out_dir = find_model(folder), Path(out_dir)
-    config = load_config(folder)
+    model = load_finished(folder, log)
+    config = model.config
     if model_type(config) == "haoai":
         raise ValueError(f"{folder} has no architecture in transformers: {'; '.join(portability_notes(config))}")
-    model, tokenizer = load_pretrained(folder), BPETokenizer.from_pretrained(folder)
+    tokenizer = BPETokenizer.from_pretrained(folder)
     check_fits(tokenizer, config.vocab_size)
     with atomic_directory(out_dir) as partial:
         save_pretrained(model, partial, tokenizer, DTYPES[dtype], max_shard_bytes)
