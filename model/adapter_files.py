@@ -17,19 +17,16 @@ from torch import Tensor
 
 from model.checkpoint import (
     CONFIG_FILE,
-    INDEX_FILE,
     NOT_PARAMETERS,
     TRAINING_ONLY,
-    WEIGHTS_FILE,
-    SafetensorsWeights,
     find_model,
     load_config,
     open_weights,
-    save_weights,
     weights_to_disk,
 )
 from model.files import atomic_write_text
 from model.lora import Adapter, LoRAPair, LoRASettings, last, new_adapter, use_adapter
+from model.weight_files import INDEX_FILE, WEIGHTS_FILE, SafetensorsWeights, save_weights
 
 if TYPE_CHECKING:
     from model.transformer import SmartHaoAI

@@ -3,8 +3,8 @@ tokenizer's files.
 
 What only standard parts make up is written under the model_type of transformers that computes it (`llama`, `qwen2`, `mistral`, `qwen3`,
 `mixtral`, `qwen3_moe`) and loads there unchanged; the rest is written as `haoai` with every field. `model/disk_config.py` owns the
-names in config.json; this file owns those of the tensors (inside, q/k/v, gate/up and the experts are fused, on disk they are not) and
-how they are read and written.
+names in config.json, `model/weight_files.py` how tensors lie in files; this file owns the names of the tensors (inside, q/k/v, gate/up
+and the experts are fused, on disk they are not) and what makes a model of them.
 """
 
 from __future__ import annotations
@@ -12,46 +12,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import NEUTRAL_PARTS, HaoAIConfig, allowed_changes, training_settings
 from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, model_type, portability_notes, read_config
-from model.files import atomic_directory, atomic_write_text, recover_directory, sync, temporary_name
+from model.files import atomic_directory, atomic_write_text, recover_directory
+from model.weight_files import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    WEIGHTS_FILE,
+    SafetensorsWeights,
+    WeightSource,
+    load_weights,
+    read_index,
+    save_sharded,
+    save_weights,
+)
 
 if TYPE_CHECKING:
     from model.tokenizer import BPETokenizer
     from model.transformer import SmartHaoAI
 
-WEIGHTS_FILE, INDEX_FILE, GENERATION_FILE = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
-CHECKSUMS = "crc32"  # entry in a safetensors file's metadata: {tensor name: checksum of its bytes}
+GENERATION_FILE = "generation_config.json"
 RESULTS_FOLDER = "weight"  # local by convention: a name in it is never looked up online
-MAX_SHARD_BYTES = 4 * 2**30
 EXPERTS_END = "mlp.shared_expert.down_proj.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DAMAGED_CONFIG = 100  # times as many parameters as the file holds
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, computed here
 HEADS = {"lm_head.": "lm_head.", "score_head.": "score.", "value_head.": "value_head."}  # ours -> on disk, where all else is in "model."
 TRAINING_ONLY = ("auxiliary.", "value_head.")
-
-
-class WeightSource(Protocol):
-    """Tensors under the key names of transformers, wherever they come from."""
-
-    file: Path
-    """What messages about these weights name."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def tensor(self, name: str) -> Tensor: ...
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -129,73 +123,6 @@ def load_finished(path: str | Path, log: Callable[[str], object] = print) -> Sma
     plain = SmartHaoAI(config)
     plain.load_state_dict(state)
     return plain.eval()
-
-
-def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """model.safetensors, or model-00001-of-00003.safetensors and so on with their index; files of an earlier save are removed.
-
-    No file is replaced before all are written. A crash among the renames of shards leaves an index whose checksums are not theirs,
-    which is refused when it is read.
-    """
-    if max_shard_bytes < 1:
-        raise ValueError(f"the size of a shard must be positive, not {max_shard_bytes}")
-    size = torch.empty((), dtype=dtype).element_size()
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in weights.items():
-        if shards[-1] and filled + tensor.numel() * size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.numel() * size
-    files = [WEIGHTS_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    checksums: dict[str, int] = {}
-    try:
-        for file, names in zip(files, shards, strict=True):
-            checksums.update(_write_weights({name: weights[name] for name in names}, temporary_name(folder / file), dtype))
-        for file in files:
-            os.replace(temporary_name(folder / file), folder / file)
-    finally:
-        for file in files:
-            temporary_name(folder / file).unlink(missing_ok=True)
-    if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in weights.values()) * size
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total, CHECKSUMS: checksums}, "weight_map": places}
-        atomic_write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
-    for old in [folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors"), folder / INDEX_FILE]:
-        if old.name not in files and not (old.name == INDEX_FILE and len(shards) > 1):
-            old.unlink(missing_ok=True)
-
-
-def save_weights(
-    weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None, notes: Mapping[str, str] | None = None
-) -> dict[str, int]:
-    """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata, beside
-    `notes`, and are returned."""
-    checksums = _write_weights(weights, temporary_name(file), dtype, notes)
-    os.replace(temporary_name(file), file)
-    return checksums
-
-
-def _write_weights(
-    weights: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None, notes: Mapping[str, str] | None = None
-) -> dict[str, int]:
-    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
-    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    file.touch()
-    mode = file.stat().st_mode  # what the user's umask asks for; safetensors makes files that only their owner can read
-    try:
-        save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums), **(notes or {})})
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{file} could not be written: {error}") from error
-    file.chmod(mode)
-    sync(file)
-    return checksums
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 # ----------------------------------------------------------------------------------------------- loading
@@ -307,76 +234,6 @@ def open_weights(folder: Path) -> WeightSource:
     if missing:
         raise FileNotFoundError(f"{index} names {len(names)} files; missing: {', '.join(missing)}")
     return SafetensorsWeights([folder / name for name in names], index, checksums)
-
-
-def read_index(index: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """An index of shards: tensor -> name of its file in the same folder, and tensor -> checksum (known only for files written here).
-
-    ValueError when it cannot be read, and when it names a file outside its folder.
-    """
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        places = dict(content["weight_map"].items())
-        names = sorted(set(places.values()))
-        checksums = dict((content.get("metadata") or {}).get(CHECKSUMS) or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not a readable index of shards: {error!r}") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} names {outside[0]!r}, which is not a file of this folder")
-    return places, checksums
-
-
-class SafetensorsWeights:
-    """Tensors of one or several safetensors files, mapped into memory and read one at a time."""
-
-    def __init__(self, files: list[Path], index: Path | None = None, checksums: Mapping[str, int] | None = None) -> None:
-        self.file = index or files[0]
-        self.notes: dict[str, str] = {}
-        """Metadata of the files."""
-        self._readers: dict[str, tuple[Path, Any]] = {}
-        self._checksums: dict[str, int] = {}
-        for file in files:
-            reader = _open(file)
-            self.notes.update(reader.metadata() or {})
-            try:
-                self._checksums.update(json.loads((reader.metadata() or {}).get(CHECKSUMS, "{}")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file} is damaged: its checksums cannot be read") from error
-            for name in reader.keys():
-                if name in self._readers:
-                    raise ValueError(f"{name} stands in {self._readers[name][0]} and in {file}")
-                self._readers[name] = (file, reader)
-        self._checksums.update(checksums or {})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(reader.get_slice(name).get_shape()) for name, (_, reader) in self._readers.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor. ValueError when its bytes are not those that were saved (known only for files written here)."""
-        file, reader = self._readers[name]
-        try:
-            tensor = reader.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: {name} cannot be read: {error}") from error
-        if name in self._checksums and _checksum(tensor) != self._checksums[name]:
-            raise ValueError(f"{file} is damaged: the bytes of {name} are not those that were saved (checksum)")
-        return tensor
-
-
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"the weights {file} are missing")
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or cut off: {error}") from error
-
-
-def load_weights(file: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, by the names they have there. ValueError when it is cut off, altered or not safetensors."""
-    source = SafetensorsWeights([file])
-    return {name: source.tensor(name).clone() for name in source.shapes()}
 
 
 def find_model(path: str | Path) -> Path:

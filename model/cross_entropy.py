@@ -81,7 +81,20 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class ScaledGradients(torch.autograd.Function):
+    """A scalar function of (hidden, weight, more ...) that keeps both gradients from its forward pass, and weight's dtype."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
+            *[None] * (len(ctx.needs_input_grad) - 2),
+        )
+
+
+class _LinearCrossEntropy(ScaledGradients):
     @staticmethod
     def forward(
         ctx: Any,
@@ -134,18 +147,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:count], grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
 
 
 class _LinearLogProbs(torch.autograd.Function):

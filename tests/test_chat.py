@@ -15,6 +15,7 @@ import torch
 import chat
 from inference import ChatSession, SamplingSettings
 from inference.chat_texts import TEXTS
+from inference.terminal import CONTROL_CHARACTERS
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,7 +188,7 @@ def test_both_languages_take_the_same_values():
 
 
 def test_model_output_cannot_command_the_terminal():
-    assert chat.CONTROL_CHARACTERS.sub("", "a\x1b]0;title\x07b\r\n\tc") == "a]0;titleb\n\tc"
+    assert CONTROL_CHARACTERS.sub("", "a\x1b]0;title\x07b\r\n\tc") == "a]0;titleb\n\tc"
 
 
 @pytest.fixture

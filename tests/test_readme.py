@@ -18,25 +18,55 @@ from pathlib import Path
 
 import pytest
 
+import train_rlhf
 from train import config as settings
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("README", "docs/data", "docs/training", "docs/chat", "docs/model", "docs/names", "docs/checkpoints", "docs/tokenizer")
+GUIDES = (
+    "README",
+    "docs/data",
+    "docs/training",
+    "docs/chat",
+    "docs/model",
+    "docs/names",
+    "docs/checkpoints",
+    "docs/tokenizer",
+    "docs/alignment",
+)
 PAGES = [f"{guide}{language}.md" for guide in GUIDES for language in ("", ".zh")]
 STAGES: dict[str, type[settings.StageConfig]] = {
     "train.train_tokenizer": settings.TokenizerStageConfig,
     "train.train_pretrain": settings.PretrainConfig,
     "train.train_sft": settings.SFTConfig,
+    "train.train_lora": settings.LoRAStageConfig,
+    "train.train_reward": settings.RewardStageConfig,
+    "train.train_ppo": settings.PPOStageConfig,
+    "train.train_dpo": settings.DPOStageConfig,
+    "train.train_grpo": settings.GRPOStageConfig,
+    "train.train_distill": settings.DistillStageConfig,
 }
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # What a program of the guides cannot run without.
 NEEDS = {"tools.convert": ("gguf", "onnx"), "tools.parity": ("transformers",)}
 # What makes a command of the guides small enough for a test; the words of a command line that come later win.
+SMALL_RUN = ["train.max_steps=2", "train.batch_size=2", "train.eval_tokens=500"]
+SMALL_ROLLOUTS = ["train.max_steps=2", "train.batch_size=4", "rollout.prompts=4", "rollout.max_new_tokens=8", "rollout.eval_prompts=2"]
 FASTER = {
     "train_smart.py": ["--recipe", "sample", "--minutes", "2", "--per-kind", "4"],
     "train.train_tokenizer": ["tokenizer.vocab_size=600"],
     "train.train_pretrain": ["train.max_steps=5", "train.batch_size=2", "model.n_layer=2", "train.eval_tokens=500"],
     "train.train_sft": ["train.max_steps=5", "train.batch_size=2", "train.eval_tokens=500"],
+    "train.train_lora": SMALL_RUN,
+    "train.train_reward": SMALL_RUN,
+    "train.train_dpo": SMALL_RUN,
+    "train.train_distill": SMALL_RUN,
+    "train.train_ppo": SMALL_ROLLOUTS,
+    "train.train_grpo": [*SMALL_ROLLOUTS, "rollout.samples=2"],
+    "train_rlhf.py": SMALL_ROLLOUTS,
+    "tools.make_reasoning": ["--rows", "60", "--test-rows", "12"],
+    "tools.reasoning_report": ["--limit", "2", "--device", "cpu"],
+    "tools.make_preferences": ["--limit", "24", "--temperature", "1.5", "--device", "cpu"],
+    "tools.loss_parity": ["--trials", "1"],
     "tools.evaluate": ["--device", "cpu"],
     "tools.ablate": ["train.max_steps=4", "seeds=[0]", "baseline_lengths=[]", "time_rounds=1"],
     "chat.py": ["--max-new-tokens", "20"],
@@ -124,6 +154,8 @@ def test_every_command_is_known(words: tuple[str, ...]) -> None:
             # A run.yaml is a file that a run will write: it is not there yet.
             arguments = [word for word in arguments if word != "--config" and not word.endswith("run.yaml")]
             settings.parse_command_line(STAGES[program], arguments)
+    elif program == "train_rlhf.py":
+        settings.parse_command_line(settings.RLHFConfig, train_rlhf.for_stages(arguments))
     elif program in ("pip", "printf", "pytest"):
         assert program != "pip" or arguments[:2] == ["install", "-e"]
     else:
@@ -185,6 +217,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "valid.jsonl").write_text("".join(text[-40:]), encoding="utf-8")
     (place / "extra.txt").write_text("The fox slept.\n\n狐狸睡着了。\n", encoding="utf-8")
     shutil.copyfile(place / "training_data" / "sft" / "sample_data.jsonl", place / "chats.jsonl")
+    shutil.copyfile(place / "training_data" / "rlhf" / "preference_sample.jsonl", place / "pairs.jsonl")
     return place
 
 

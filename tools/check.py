@@ -9,7 +9,7 @@ import time
 
 from train.runtime import run_main
 
-PACKAGES = ["model", "inference", "train", "tools", "chat.py", "train_smart.py"]
+PACKAGES = ["model", "inference", "train", "tools", "chat.py", "train_smart.py", "train_rlhf.py"]
 
 
 def main() -> int:

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from model.chat_template import STORED_TEMPLATE
-from model.checkpoint import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE, read_index
+from model.checkpoint import CONFIG_FILE, GENERATION_FILE
 from model.files import atomic_write_text
 from model.token_text import steps
 from model.tokenizer import SPARE_TOKENS, SPLIT_PATTERN, BPETokenizer
+from model.weight_files import INDEX_FILE, WEIGHTS_FILE, read_index
 
 TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MAP_FILE = "special_tokens_map.json"

@@ -16,10 +16,10 @@ import torch
 from tokenizers import Tokenizer
 
 from model.chat_template import STORED_TEMPLATE
-from model.checkpoint import CHECKSUMS, INDEX_FILE, load_weights, save_weights
 from model.token_names import TURN_ENDS
 from model.token_text import steps
 from model.tokenizer import CONTROL_TOKENS, SPARE_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, TAG_TOKENS
+from model.weight_files import CHECKSUMS, INDEX_FILE, load_weights, save_weights
 from tools.tokenizer_checks import (
     OWN_NAMES,
     REQUIRED,

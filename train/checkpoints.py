@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from model.adapter_files import is_adapter, restore_adapter
-from model.checkpoint import fill, load_weights, open_weights, save_pretrained, save_weights
+from model.checkpoint import fill, open_weights, save_pretrained
 from model.files import atomic_directory, remove_leftovers
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
+from model.weight_files import load_weights, save_weights
 
 FOLDER, STATE_FILE, OPTIMIZER_FILE = "checkpoints", "state.json", "optimizer.safetensors"
 

@@ -76,6 +76,12 @@ class LoRAStageConfig(SFTConfig):
         require(self.lora.r > 0, "lora.r", self.lora.r, "at least 1; without an adapter it is train.train_sft")
 
 
+def aligning(**settings: Any) -> OptimizationConfig:
+    """What the stages after chat training share: no decay of weights that are good already, and held-out figures from before the first
+    step to compare the later ones with."""
+    return OptimizationConfig(**{"weight_decay": 0.0, "beta2": 0.99, "eval_first": True, **settings})
+
+
 # ---------------------------------------------------------------- preference optimisation (train_dpo)
 
 
@@ -109,9 +115,7 @@ class DPOStageConfig(StageConfig):
     dpo: DPOConfig = field(default_factory=DPOConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
-        default_factory=lambda: OptimizationConfig(
-            lr=5e-5, schedule="linear", weight_decay=0.0, beta2=0.99, batch_size=8, accumulation_steps=2, eval_tokens=100_000
-        )
+        default_factory=lambda: aligning(lr=5e-5, schedule="linear", batch_size=8, accumulation_steps=2, eval_tokens=100_000)
     )
 
     def check(self) -> None:
@@ -144,8 +148,8 @@ class RewardStageConfig(StageConfig):
     reward: RewardModelConfig = field(default_factory=RewardModelConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.05))
     train: OptimizationConfig = field(
-        default_factory=lambda: OptimizationConfig(
-            lr=2e-4, schedule="linear", weight_decay=0.01, beta2=0.99, batch_size=8, accumulation_steps=2, eval_tokens=100_000
+        default_factory=lambda: aligning(
+            lr=2e-4, schedule="linear", weight_decay=0.01, batch_size=8, accumulation_steps=2, eval_tokens=100_000
         )
     )
 
@@ -257,9 +261,7 @@ class PPOStageConfig(StageConfig):
     ppo: PPOConfig = field(default_factory=PPOConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
-        default_factory=lambda: OptimizationConfig(
-            lr=1e-4, schedule="constant", weight_decay=0.0, beta2=0.99, warmup_steps=4, batch_size=32, log_every=2, eval_every=20
-        )
+        default_factory=lambda: aligning(lr=1e-4, schedule="constant", warmup_steps=4, batch_size=32, log_every=2, eval_every=20)
     )
 
     def check(self) -> None:
@@ -293,9 +295,7 @@ class GRPOStageConfig(StageConfig):
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
-        default_factory=lambda: OptimizationConfig(
-            lr=1e-4, schedule="constant", weight_decay=0.0, beta2=0.99, warmup_steps=4, batch_size=64, log_every=2, eval_every=20
-        )
+        default_factory=lambda: aligning(lr=1e-4, schedule="constant", warmup_steps=4, batch_size=64, log_every=2, eval_every=20)
     )
 
     def check(self) -> None:

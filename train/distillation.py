@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.checkpoint import CONFIG_FILE, find_model
-from model.cross_entropy import IGNORE, ROW_MULTIPLE, capped, compute_dtype, labelled
+from model.cross_entropy import IGNORE, ROW_MULTIPLE, ScaledGradients, capped, compute_dtype, labelled
 from model.tokenizer import THINK, THINK_END, BPETokenizer
 from model.transformer import SmartHaoAI
 from train.data import Batch, BatchSource
@@ -49,7 +49,7 @@ def linear_row_loss(hidden: Tensor, weight: Tensor, softcap: float, row_losses: 
     return _LinearRowLoss.apply(hidden, weight, softcap, row_losses, row_weights)
 
 
-class _LinearRowLoss(torch.autograd.Function):
+class _LinearRowLoss(ScaledGradients):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, softcap: float, row_losses: RowLosses, row_weights: Tensor | None) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -79,17 +79,6 @@ class _LinearRowLoss(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
 
 
 def chunks(count: int) -> Iterator[slice]:

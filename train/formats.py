@@ -5,16 +5,16 @@
 Unusable rows are in `bad`, with file, line and reason. Formats (other fields such as "source" or "lang" are ignored):
   {"text"}   {"conversations" | "messages": [{role, content} or {from, value}]}   {"prompt", "response" | "completion"}
   {"instruction", "input", "output"}   {"system", "user", "assistant"}   {"system", "user", "cot", "final"}
+  {"question", "answer"} (GSM8K; the answer as it stands, with the steps and the "#### 42" behind them)
   {"prompt", "chosen", "rejected"}   {"prompt", "completion", "label"}
 Decisions: two turns of one role in a row are kept as they are (merging would change what was said); an assistant may
 open a conversation, but some user must speak; an empty system prompt counts as none; a conversation with a true/false
 "label" is a judged answer, because teaching the bad ones would be wrong.
-Finding and reading files is `train.data_files` and `train.raw_rows`, whose names can be imported from here.
+Finding and reading files is `train.data_files` and `train.raw_rows`, samples are `train.samples`; their names can be imported from here.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -26,6 +26,7 @@ from typing import Any
 
 from train.data_files import DataFile, expand_paths, is_token_file, read_token_ids, split_suffix
 from train.raw_rows import RawRow, read_rows
+from train.samples import Conversation, Judged, Preference, Sample, Text, as_conversation, as_preference, as_text
 from train.turns import (
     Message,
     RowError,
@@ -48,44 +49,6 @@ __all__ = [
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-@dataclass(frozen=True)
-class Text:
-    """A document."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns with at least one user and one assistant turn; `tools` are the descriptions offered to the assistant."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two continuations of one prompt, which ends with a user or tool turn; both begin with the assistant. margin: by how much the
-    chosen one is better, 0 when the row does not say."""
-
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    margin: float = 0.0
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One answer to a prompt with a verdict: True is wanted, False unwanted. Roles as in `Preference`."""
-
-    prompt: list[Message]
-    completion: list[Message]
-    label: bool
-    tools: list[dict[str, Any]] | None = None
-
-
-Sample = Text | Conversation | Preference | Judged
 Row = dict[str, Any]
 
 
@@ -99,7 +62,7 @@ def recognise(value: Any) -> Sample:
 
 def format_name(value: Any) -> str:
     """The name of the row's format: text, conversations, messages, sharegpt, prompt-response, alpaca, user-assistant,
-    user-final, preference or judged. Raises RowError for a row of no known format; contents are not checked.
+    user-final, question-answer, preference or judged. Raises RowError for a row of no known format; contents are not checked.
     """
     name = _format_of(value).name
     if name in ("conversations", "messages"):
@@ -173,14 +136,14 @@ def _alpaca_row(row: Row) -> Conversation:
     return _conversation([*_alpaca_prompt(row), answer], read_tools(row.get("tools")))
 
 
-def _user_row(row: Row) -> Conversation:
-    answer = assistant_turn(row["assistant"], "assistant", reasoning=row.get("reasoning_content"))
-    return _conversation(_with_system(row, [plain_turn("user", row["user"], "user")]) + [answer], read_tools(row.get("tools")))
+def _single_turn(asked: str, answered: str, reasoning: str = "reasoning_content") -> Callable[[Row], Conversation]:
+    """One question and its answer, in fields of these names."""
 
+    def build(row: Row) -> Conversation:
+        answer = assistant_turn(row[answered], answered, reasoning=row.get(reasoning), reasoning_field=reasoning)
+        return _conversation([*_with_system(row, [plain_turn("user", row[asked], asked)]), answer], read_tools(row.get("tools")))
 
-def _cot_row(row: Row) -> Conversation:
-    answer = assistant_turn(row["final"], "final", reasoning=row.get("cot"), reasoning_field="cot")
-    return _conversation(_with_system(row, [plain_turn("user", row["user"], "user")]) + [answer], read_tools(row.get("tools")))
+    return build
 
 
 def _preference_row(row: Row) -> Preference:
@@ -242,8 +205,9 @@ _FORMATS = (
         lambda r: "prompt" in r and ("response" in r or "completion" in r),
         _prompt_row,
     ),
-    _Format("user-final", "{system, user, cot, final}", _has("user", "final"), _cot_row),
-    _Format("user-assistant", "{system, user, assistant}", _has("user", "assistant"), _user_row),
+    _Format("user-final", "{system, user, cot, final}", _has("user", "final"), _single_turn("user", "final", "cot")),
+    _Format("user-assistant", "{system, user, assistant}", _has("user", "assistant"), _single_turn("user", "assistant")),
+    _Format("question-answer", "{question, answer}", _has("question", "answer"), _single_turn("question", "answer")),
     _Format("text", "{text}", _has("text"), _text_row),
 )
 
@@ -329,46 +293,6 @@ def _margin(value: Any) -> float:
     except (TypeError, ValueError):
         pass
     raise RowError(f"margin is {str(value)[:40]!r}, expected a number")
-
-
-# ---------------------------------------------------------------- conversions
-
-
-def as_text(sample: Sample) -> str:
-    """A sample as text for pretraining and the tokenizer: reasoning and contents of its turns, joined by line ends.
-
-    Of a preference the chosen side. Raises RowError for an answer that was judged unwanted.
-    """
-    if isinstance(sample, Text):
-        return sample.text
-    parts = []
-    for message in as_conversation(sample).messages:
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
-        parts += [part for part in (message.get("reasoning_content", ""), message["content"], *calls) if part.strip()]
-    return "\n".join(parts)
-
-
-def as_conversation(sample: Sample) -> Conversation:
-    """A sample as a conversation to learn from: itself, a preference's chosen side, or an answer judged wanted.
-
-    Raises RowError for plain text (it has no turns) and for an answer that was judged unwanted.
-    """
-    if isinstance(sample, Conversation):
-        return sample
-    if isinstance(sample, Preference):
-        return Conversation(sample.prompt + sample.chosen, sample.tools)
-    if isinstance(sample, Judged):
-        if not sample.label:
-            raise RowError("an answer judged unwanted (label false) is no example to learn from")
-        return Conversation(sample.prompt + sample.completion, sample.tools)
-    raise RowError("plain text has no turns: expected a conversation such as {conversations} or {prompt, response}")
-
-
-def as_preference(sample: Sample) -> Preference:
-    """A sample as a preference pair. Raises RowError for every other kind."""
-    if isinstance(sample, Preference):
-        return sample
-    raise RowError(f"expected a pair {{prompt, chosen, rejected}}, found a {type(sample).__name__.lower()} row")
 
 
 # ---------------------------------------------------------------- bad rows

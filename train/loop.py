@@ -22,8 +22,9 @@ from model.transformer import SmartHaoAI
 from train.checkpoints import load_state, newest_checkpoint, restore, save_checkpoint
 from train.config import StageConfig, to_yaml
 from train.data import Batch, BatchSource
-from train.metrics import LossFunction, MetricsLog, StepResult, Window, plot_loss
+from train.metrics import LossFunction, MetricsLog, StepResult, Window
 from train.optim import Muon, build_optimizers, lr_factor
+from train.plotting import plot_loss
 from train.runtime import (
     Precision,
     StopRequest,
@@ -121,6 +122,7 @@ class _Fit:
         self.state = _Progress()
         self.skipped_in_a_row = 0
         self.last_row: dict[str, Any] = {}
+        self.lr: float | None = None
         self.window = Window()
 
     def run(self) -> FitResult:
@@ -145,7 +147,7 @@ class _Fit:
         self.scaler = self.precision.scaler()
         if checkpoint is not None:
             self.scaler.load_state_dict(saved["scaler"])
-        self.metrics = MetricsLog(self.out_dir, self.state.step)
+        self.metrics = MetricsLog(self.out_dir, -1 if checkpoint is None else self.state.step)
         for row in self.metrics.rows:
             self.last_row.update({k: v for k, v in row.items() if v is not None})
         atomic_write_text(self.out_dir / "run.yaml", to_yaml(self.settings))
@@ -228,6 +230,8 @@ class _Fit:
     def _steps(self, stop: StopRequest) -> bool:
         """Run to the end; True when the user stopped it before."""
         saved_at = time.monotonic()
+        if self.train.eval_first and self.state.step == 0 and (evaluated := self._evaluate()):
+            self._log_row(self.window, evaluated)
         while self.state.step < self.state.total_steps:
             start = time.perf_counter()
             self.window.add(self._step())
@@ -343,7 +347,7 @@ class _Fit:
         }
         self.metrics.add(row)
         self.last_row = {**self.last_row, **{k: v for k, v in row.items() if v is not None}}
-        shown = f"loss {window.loss:.3f}" if window.loss is not None else "nothing learned"
+        shown = f"loss {window.loss:.3f}" if window.loss is not None else "nothing learned" if self.state.step else "before training"
         if evaluated.get("val_loss") is not None:
             shown += f"  held-out {evaluated['val_loss']:.3f}"
             shown += f" ({evaluated['val_bpb']:.3f} bits/byte)" if "val_bpb" in evaluated else ""
@@ -352,13 +356,11 @@ class _Fit:
         if not self.bar.disable:
             self.bar.set_postfix_str(shown)
         elif evaluated or self.state.step % (self.train.log_every * 5) == 0 or self.state.step == self.state.total_steps:
-            left = self.state.seconds / self.state.step * (self.state.total_steps - self.state.step)
-            print(
-                f"step {self.state.step}/{self.state.total_steps}  {shown}  {row['tokens_per_second'] or 0:,.0f} tokens/s  "
-                f"{format_minutes(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            shown = f"step {self.state.step}/{self.state.total_steps}  {shown}"
+            if self.state.step:
+                left = self.state.seconds / self.state.step * (self.state.total_steps - self.state.step)
+                shown += f"  {row['tokens_per_second'] or 0:,.0f} tokens/s  {format_minutes(left)} left"
+            print(shown, file=sys.stderr, flush=True)
 
     def _write_samples(self) -> None:
         if self.sample is None:

@@ -19,7 +19,8 @@ from train.config import GRPOStageConfig, PPOStageConfig, UsageError, stage_name
 from train.data import Batch
 from train.log_probs import completion_log_probs
 from train.loop import LossFunction
-from train.metrics import METRICS_FILE, append_event, plot_panels, read_jsonl
+from train.metrics import METRICS_FILE, append_event, read_jsonl
+from train.plotting import plot_panels
 from train.prompts import Prompt, read_prompts
 from train.rewards import NEED_REFERENCE, Judge, check_weights
 from train.rollout import LOGGED, REWARD, RolloutSource
@@ -70,7 +71,12 @@ def run_policy_stage(
         alarm=Alarms(Path(settings.out_dir), log),
     )
     loss_fn = make_loss(source)
-    print_plan(settings, config, source, f"{len(train):,} prompts, {len(held_out):,} held out", log)
+    own_reference = reference_needed and not settings.lora.r  # else the frozen base of the adapter is the reference
+    frozen = config.account().parameters if own_reference else 0
+    frozen += 0 if judge.reward_model is None else judge.reward_model.num_parameters()
+    answer = round(sum(len(prompt.ids) for prompt in train) / len(train)) + rollout.max_new_tokens
+    summary = f"{len(train):,} prompts, {len(held_out):,} held out"
+    print_plan(settings, config, source, summary, log, answer=answer, frozen=frozen)
     log(
         f"  rollout    {rollout.prompts} prompts x {rollout.samples} answers of up to {rollout.max_new_tokens} tokens, learned from "
         f"{source.passes} times, {settings.train.batch_size} answers at once"
@@ -82,8 +88,7 @@ def run_policy_stage(
     if settings.dry_run:
         print_time(settings, model, source, loss_fn, log)
         return 0
-    # The frozen base of an adapter is the reference; else it takes a second copy.
-    reference = frozen_model(settings) if reference_needed and not settings.lora.r else None
+    reference = frozen_model(settings) if own_reference else None
     if reference_needed:
         source.reference = lambda inputs: reference_log_probs(reference or model, inputs, rollout.temperature)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.files import atomic_write_bytes
 from train.data import IGNORE, Batch
 from train.log_probs import sequence_numbers
+from train.plotting import pyplot, save_figure
 from train.statistics import wilson
 
 BINS = 5  # groups of pairs by confidence
@@ -120,15 +120,9 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def plot_reward(pairs: PairScores, path: Path, title: str) -> bool:
     """Draw score differences, calibration and length bias; False when matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return False
-    matplotlib.use("Agg")
-    import io
-
-    from matplotlib import pyplot as plt
-
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), dpi=110)
     left.hist(pairs.difference, bins=40, color="tab:blue", alpha=0.8)
     left.axvline(0, color="black", linewidth=0.8)
@@ -159,8 +153,5 @@ def plot_reward(pairs: PairScores, path: Path, title: str) -> bool:
         axis.grid(alpha=0.3)
     figure.suptitle(f"{title}: held-out accuracy {share(pairs.difference > 0)}")
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    atomic_write_bytes(path, buffer.getvalue())
+    save_figure(figure, path)
     return True

@@ -102,6 +102,8 @@ class OptimizationConfig:
     """Steps between rows of metrics.jsonl."""
     eval_every: int = 100
     """Steps between evaluations on held-out data; 0: at the end only."""
+    eval_first: bool = False
+    """Evaluate before the first step, too: the row of step 0, which later ones are compared with."""
     eval_tokens: int = 40_000
     """Held-out tokens per evaluation."""
     sample_every: int = 500

@@ -150,12 +150,18 @@ def planned_adapter(settings: StageConfig, config: HaoAIConfig) -> Adapter | Non
         return inject_lora(SmartHaoAI(config), settings.lora)
 
 
-def print_plan(settings: StageConfig, config: HaoAIConfig, source: BatchSource, summary: str, log: Log = print) -> None:
-    """What will run, before anything large is allocated. summary: the data in words."""
+def print_plan(
+    settings: StageConfig, config: HaoAIConfig, source: BatchSource, summary: str, log: Log = print, *, answer: int = 0, frozen: int = 0
+) -> None:
+    """What will run, before anything large is allocated. summary: the data in words.
+
+    answer: where train.batch_size counts answers instead of rows, the tokens of one with its prompt. frozen: parameters of models in
+    memory beside the one that learns.
+    """
     train, data = settings.train, settings.data
     device = device_name(train.device)
     account, adapter = config.account(), planned_adapter(settings, config)
-    rows = train.batch_size * train.accumulation_steps
+    rows, each = train.batch_size * train.accumulation_steps, answer or data.max_length
     log(f"{stage_name(type(settings))}: {describe_machine(device)}")
     log(account.table(data.max_length))
     log(f"  data       {summary}")
@@ -166,7 +172,7 @@ def print_plan(settings: StageConfig, config: HaoAIConfig, source: BatchSource, 
     else:
         length = f"{train.epochs:g} epochs, {max(1, round(train.epochs * source.rows_per_epoch() / rows)):,} steps"
     log(
-        f"  run        {length} of {rows} x {data.max_length} = {rows * data.max_length:,} tokens; "
+        f"  run        {length} of {rows} x {each} = {rows * each:,} tokens; "
         f"{train.optimizer if adapter is None else 'adamw'}, peak rate {train.lr:g}, {train.schedule}"
     )
     learning = 0 if adapter is None else adapter.num_parameters()
@@ -177,7 +183,8 @@ def print_plan(settings: StageConfig, config: HaoAIConfig, source: BatchSource, 
             f"  adapter    {kind} of rank {settings.lora.r} on {names}: {learning:,} parameters learn, "
             f"{learning / account.parameters:.1%} of the model's, which is frozen"
         )
-    need = account.training_bytes(train.batch_size, data.max_length, adapter=learning)
+    at_once = -(-train.batch_size * each // data.max_length)  # rows of a micro-batch
+    need = account.training_bytes(at_once, data.max_length, adapter=learning) + 4 * frozen
     there = total_memory() if device == "cpu" else None
     log(f"  memory     about {need / 2**20:,.0f} MiB for the step" + (f" of {there / 2**20:,.0f} MiB" if there else ""))
     foreign = settings.model_dir is not None and not (find_model(settings.model_dir) / RUN_FILE).is_file()

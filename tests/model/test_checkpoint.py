@@ -255,7 +255,7 @@ def test_an_interrupted_save_keeps_the_old_weights(tiny_model: SmartHaoAI, tmp_p
         Path(file).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("model.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("model.weight_files.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         tiny_model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -82,7 +82,7 @@ def test_a_full_disk_keeps_the_old_state(
             raise OSError("no space left on device")
         save_file(tensors, file, metadata=metadata)
 
-    monkeypatch.setattr("model.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("model.weight_files.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(make_model(), tmp_path, max_shard_bytes=after)
     assert weight_files(tmp_path) == files
@@ -100,7 +100,7 @@ def test_shards_of_two_saves_are_refused(make_model, seed: int, tmp_path: Path, 
         renamed.append(target)
         Path(source).rename(target)
 
-    monkeypatch.setattr("model.checkpoint.os.replace", crash)
+    monkeypatch.setattr("model.weight_files.os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(make_model(), tmp_path, max_shard_bytes=8000)
     monkeypatch.undo()

@@ -36,11 +36,13 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def test_json_has_the_fixed_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scripts outside the repository read these keys; a message on standard output would break them."""
-    path = write(tmp_path / "a.jsonl", [{"text": "plain words"}, "{", {"text": ""}, {"text": "plain words"}, CHAT])
+    path = write(
+        tmp_path / "a.jsonl", [{"text": "plain words"}, "{", {"text": ""}, {"text": "plain words"}, CHAT, {"question": "q", "answer": "a"}]
+    )
     assert main([str(path), "--json"]) == 0
     out, err = capsys.readouterr()
     (found,) = json.loads(out)["files"]
-    assert (found["file"], found["format"], found["rows"], found["kept"]) == (str(path), "text, conversations", 5, 3)
+    assert (found["file"], found["format"], found["rows"], found["kept"]) == (str(path), "text, conversations, question-answer", 6, 4)
     assert [bad["line"] for bad in found["bad"]] == [2, 3]
     assert found["bad"][1] == {"line": 3, "reason": "text is empty"}
     assert found["duplicates"] == 1 and found["tokens"] is None and found["longer_than_context"] is None

@@ -15,12 +15,13 @@ from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 from train import loop, train_dpo, train_sft
 from train.config import DPO_BETAS, DataConfig, DPOConfig
 from train.data import Batch
-from train.metrics import held_out_terms, plot_loss, read_jsonl
+from train.metrics import held_out_terms, read_jsonl
 from train.pairs import PackedPairs
+from train.plotting import plot_loss
 from train.reference import reference_log_probs, without_dropout
 from train.runtime import Precision, StopRequest
 from train.store import open_store
-from train.train_dpo import preference_terms
+from train.train_dpo import WITHOUT_REFERENCE, preference_terms
 
 FP32 = Precision("fp32", "cpu", "")
 Command = Callable[..., tuple[int, str, str]]
@@ -207,7 +208,8 @@ def test_every_loss_runs_and_learns(command: Command, tmp_path: Path, name: str)
     words = ["train.max_steps=8", "train.lr=3e-3", "train.warmup_steps=0", "train.eval_every=4", f"dpo.loss={name}"]
     status, out, err = command(*SMALL, *words)
     assert status == 0 and "starting from weight/sft" in out, err
-    rows = read_jsonl(tmp_path / "weight" / "dpo" / "metrics.jsonl")
+    before, *rows = read_jsonl(tmp_path / "weight" / "dpo" / "metrics.jsonl")
+    assert before["step"] == 0 and (name in WITHOUT_REFERENCE or before["val_accuracy"] == 0.5)
     if name in ("dpo", "kto"):
         assert rows[0]["loss"] == pytest.approx(math.log(2) if name == "dpo" else 0.5, rel=1e-6)
         assert rows[0]["drift"] == 0.0 and rows[-1]["drift"] > 0.01
@@ -226,7 +228,8 @@ def test_an_adapter_starts_from_its_base(command: Command, tmp_path: Path) -> No
     pytest.importorskip("model.lora")
     status, _, err = command(*SMALL, "lora.r=2", "train.lr=1e-2", "train.warmup_steps=0", "train.max_steps=6")
     assert status == 0, err
-    rows = read_jsonl(tmp_path / "weight" / "dpo" / "metrics.jsonl")
+    before, *rows = read_jsonl(tmp_path / "weight" / "dpo" / "metrics.jsonl")
+    assert before["val_loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-6) and rows[-1]["drift"] > 0
 
 
@@ -270,12 +273,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         [{k: v for k, v in row.items() if k not in times} for row in read_jsonl(tmp_path / folder / "metrics.jsonl")]
         for folder in ("straight", "parts")
     ]
-    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [0, 2, 4, 6]
 
 
 def test_eight_rows_or_four_times_two(command: Command, tmp_path: Path) -> None:
     """Guards accumulation by pairs: micro-batches with unequal numbers of pairs give the loss and gradient of the whole."""
-    words = [*SMALL, "train.lr=1e-3"]
+    words = [*SMALL, "train.lr=1e-3", "train.eval_first=false"]
     assert command(*words, "out_dir=a", "train.batch_size=8", "train.accumulation_steps=1")[0] == 0
     assert command(*words, "out_dir=b", "train.batch_size=2", "train.accumulation_steps=4")[0] == 0
     for a, b in zip(*(read_jsonl(tmp_path / folder / "metrics.jsonl") for folder in "ab"), strict=True):

@@ -155,7 +155,8 @@ def test_stage_and_resume(base: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """Guards the whole command, its exact first update, and bit-exact resume after a kill in the middle of a rollout."""
     quiet: Any = lambda text: None  # noqa: E731
     assert grpo(parse_command_line(GRPOStageConfig, words(base, tmp_path / "straight")), quiet) == 0
-    rows = read_jsonl(tmp_path / "straight" / "metrics.jsonl")
+    before, *rows = read_jsonl(tmp_path / "straight" / "metrics.jsonl")
+    assert before["step"] == 0 and {"val_reward", "val_exact"} <= before.keys()
     assert (rows[0]["ratio"], rows[0]["kl"], rows[0]["kl_loss"], rows[0]["clip_fraction"]) == (1.0, 0.0, 0.0, 0.0)
     assert rows[1]["ratio"] != 1.0, "the second update of a rollout has moved"
     for name in ("reward", "reward_exact", "reward_format", "reward_variety", "equal_groups", "groups", "length", "entropy"):

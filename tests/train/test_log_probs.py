@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import secrets
 
 import pytest
 import torch
@@ -17,13 +16,7 @@ from train.losses import dpo_loss, kl_estimate, ppo_policy_loss
 VOCABULARY = 53
 LENGTHS = [[(5, 2), (4, 0), (7, 6)], [(9, 4), (3, 3)]]  # of each row's sequences: tokens, and how many of them are completion
 
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = secrets.randbelow(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def make_model(**fields: object) -> SmartHaoAI:

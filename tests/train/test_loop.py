@@ -346,6 +346,36 @@ def test_what_a_run_leaves(run: Fit, tmp_path: Path) -> None:
     assert result.last["val_bpb"] == 1.5
 
 
+def test_figures_from_before_the_first_step(run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards eval_first: one row of step 0 with the weights the model came with, also after a stop and when a run that was killed
+    before its first checkpoint begins anew; it changes nothing in the run, and the plot shows it."""
+    seen: list[float] = []
+
+    def evaluate(model: SmartHaoAI) -> dict[str, float]:
+        seen.append(float(next(model.parameters()).detach().sum()))
+        return {"val_loss": seen[-1]}
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(loop, "plot_loss", lambda rows, *more: drawn.append([row["step"] for row in rows]))
+    options: dict[str, Any] = {"evaluate": evaluate, "dropout": 0.2, "max_steps": 5, "eval_every": 3}
+    plain, _ = run("plain", **options)
+    seen.clear()
+    first, result = run("first", eval_first=True, **options)
+    rows = rows_of(tmp_path / "first")
+    assert rows[1:] == rows_of(tmp_path / "plain") and largest_difference(plain, first) == 0.0
+    assert [row["step"] for row in rows] == [0, 3, 5] == drawn[-1] and rows[0]["tokens"] == 0
+    assert (rows[0]["val_loss"], rows[0]["loss"], rows[0]["lr"]) == (seen[0], None, None) and len(set(seen)) == 3
+    assert result.last["val_loss"] == seen[-1]
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 9.0}\n{"step": 3, "loss": 9.0}\n', encoding="utf-8")
+    run("killed", eval_first=True, resume=True, **{**options, "max_steps": 3})
+    run("killed", eval_first=True, resume=True, **options)
+    resumed = rows_of(tmp_path / "killed")
+    assert [row["step"] for row in resumed] == [0, 3, 5] and resumed[0] == rows[0]
+    run("nothing held out", eval_first=True, **{**options, "evaluate": None})
+    assert [row["step"] for row in rows_of(tmp_path / "nothing held out")] == [3, 5]
+
+
 def test_epochs_give_the_number_of_steps(run: Fit, stores: dict[str, TokenStore]) -> None:
     """Guards the length of a run that is set by epochs."""
     _, result = run("run", max_steps=0, epochs=0.5, batch_size=4, accumulation_steps=2)

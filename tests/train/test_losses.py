@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 
 import pytest
 import torch
@@ -15,13 +14,7 @@ from train import losses
 
 LN2 = torch.tensor(math.log(2)).item()
 
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = secrets.randbelow(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.name} {case.source}")

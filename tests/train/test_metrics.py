@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from model import BPETokenizer, SmartHaoAI
 from train import metrics
 from train.config import DataConfig, PretrainConfig
 from train.data import IGNORE, evaluation_batches, make_source
-from train.metrics import MetricsLog, _windows, bits_per_byte, held_out_loss, plot_loss, read_jsonl, write_report
+from train.metrics import MetricsLog, _windows, bits_per_byte, held_out_loss, read_jsonl, write_report
+from train.plotting import plot_loss
 from train.store import open_store
 
 TEXTS = [
@@ -158,9 +160,10 @@ def test_logs_survive_a_torn_line_and_strange_line_ends(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "missing.jsonl") == []
 
 
-def test_plot_and_report(tmp_path: Path) -> None:
-    """Guards the plot of an empty and of a short run, and that the report leaves out what is not known."""
-    pytest.importorskip("matplotlib")
+def test_plot_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the plot of an empty and of a short run, a point from before the first step, and that the report leaves out what is not
+    known."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     assert plot_loss([], tmp_path / "empty.png", "no rows yet")
     assert plot_loss(
         [{"tokens": 5, "loss": 1.0, "lr": 0.1, "val_loss": 2.0}, {"tokens": 9, "loss": None, "lr": 0.1}],
@@ -168,6 +171,13 @@ def test_plot_and_report(tmp_path: Path) -> None:
         "one",
     )
     assert (tmp_path / "a.png").stat().st_size > 1000
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    assert plot_loss(
+        [{"step": 0, "tokens": 0, "loss": None, "lr": None, "val_loss": 3.0}, {"tokens": 5, "loss": 1.0}], tmp_path / "b.png", ""
+    )
+    lines = {line.get_label(): len(line.get_xdata()) for line in figures[0].axes[0].get_lines()}
+    assert lines == {"training loss": 1, "held-out loss": 1}
     write_report(tmp_path, "运行", {"parameters": "1", "held-out loss": None}, [("从前", "有一天\n")], 90)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (

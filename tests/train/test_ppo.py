@@ -157,10 +157,16 @@ def test_stage_with_reward_model_and_rules(base: Path, tmp_path: Path) -> None:
     chosen = words(base, out, f"reward_model_dir={base / 'reward'}", "rewards.format=0.5")
     assert ppo(parse_command_line(PPOStageConfig, [*chosen, "--dry-run"]), said.append) == 0
     assert not out.exists() and "for 6 steps" in said[-1]
+    plan = "\n".join(map(str, said))
+    answer = int(plan.split("6 steps of 6 x ")[1].split()[0])
+    assert 10 < answer < 96, "answers with their prompts, not whole rows of data.max_length"
+    policy, judging = SmartHaoAI.from_pretrained(base / "sft"), RewardModel.from_pretrained(base / "reward")
+    memory = policy.config.account().training_bytes(-(-3 * answer // 96), 96) + 4 * (policy.num_parameters() + judging.num_parameters())
+    assert f"memory     about {memory / 2**20:,.0f} MiB" in plan
     settings = parse_command_line(PPOStageConfig, chosen)
     assert ppo(settings, said.append) == 0
-    rows = read_jsonl(out / "metrics.jsonl")
-    first = rows[0]
+    before, first, *rows = read_jsonl(out / "metrics.jsonl")
+    assert before["step"] == 0 and {"val_reward", "val_model", "val_format"} <= before.keys()
     assert (first["ratio"], first["kl"], first["update_kl"], first["clip_fraction"]) == (1.0, 0.0, 0.0, 0.0)
     for name in ("reward", "reward_model", "reward_format", "explained_variance", "entropy", "length", "value_loss", "kl_coef"):
         assert first[name] is not None, name
@@ -199,7 +205,7 @@ def test_resume_is_bit_exact(more: list[str], base: Path, tmp_path: Path, monkey
     assert any(not torch.equal(one[name], start[name]) for name in start if name in one)
     ours, theirs = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("straight", "killed"))
     for a, b in zip(ours, theirs, strict=True):
-        assert all(a[name] == b[name] for name in ("loss", "reward", "kl", "kl_coef", "explained_variance"))
+        assert all(a.get(name) == b.get(name) for name in ("step", "val_reward", "loss", "reward", "kl", "kl_coef", "explained_variance"))
 
 
 def test_bad_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

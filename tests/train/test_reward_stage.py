@@ -75,7 +75,8 @@ def test_it_begins_at_ln_2_and_learns_to_tell_the_answers_apart(tmp_path: Path, 
     """Guards: a head that does not begin at zero, pairs taken for each other's halves, scores read at the wrong token, and a
     checkpoint that does not score as the report says."""
     said = run(tmp_path, chat_model, "reward", "train.max_steps=25", "train.lr=4e-3", "train.warmup_steps=2")
-    rows = read_jsonl(tmp_path / "reward" / "metrics.jsonl")
+    before, *rows = read_jsonl(tmp_path / "reward" / "metrics.jsonl")
+    assert before["step"] == 0 and before["val_accuracy"] == 0.5 and before["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["accuracy"] == 0.5
     assert rows[-1]["val_accuracy"] > 0.9 and rows[-1]["val_loss"] < 0.4 and rows[-1]["accuracy"] > 0.9
     assert any("held-out accuracy" in text and "n = " in text for text in said)

@@ -97,19 +97,25 @@ def test_prompts_of_all_kinds_of_rows(tmp_path: Path, tiny_tokenizer: BPETokeniz
         {"prompt": "1 + 1 = ?", "response": "2"},
         {"prompt": "2 + 3 = ?", "chosen": "5", "rejected": "6"},
         {"messages": [{"role": "user", "content": q} for q in ["a"]] + [{"role": "assistant", "content": "no number in this text at all"}]},
+        {"question": "2 * 21 = ?", "answer": "2 * 21 = <<2*21=42>>42\n#### 42"},
         {"prompt": "x" * 400, "response": "7"},
         {"text": "no prompt"},
     ]
     said: list[str] = []
     prompts, held = read_prompts(write_jsonl(tmp_path / "p.jsonl", rows), tiny_tokenizer, 100, verifiable=True, log=said.append)
-    assert [(p.question, p.reference) for p in prompts] == [("1 + 1 = ?", "1 + 1 = 2."), ("2 + 3 = ?", "5")] and not held
+    assert [(p.question, p.reference) for p in prompts] == [
+        ("1 + 1 = ?", "1 + 1 = 2."),
+        ("2 + 3 = ?", "5"),
+        ("2 * 21 = ?", rows[4]["answer"]),
+    ]
+    assert not held and final_answer(str(prompts[2].reference)) == "42"
     rendered = tiny_tokenizer.render([{"role": "user", "content": "2 + 3 = ?"}], add_generation_prompt=True)
     assert prompts[1].ids == tuple(rendered.ids)
     notes = "\n".join(map(str, said))
-    for note in ("p.jsonl:6", "1 unusable", "1 said before", "1 longer than 100 tokens", "1 without a result"):
+    for note in ("p.jsonl:7", "1 unusable", "1 said before", "1 longer than 100 tokens", "1 without a result"):
         assert note in notes
     everything, _ = read_prompts(tmp_path / "p.jsonl", tiny_tokenizer, 100, log=said.append)
-    assert len(everything) == 3 and fingerprint(everything) != fingerprint(prompts)
+    assert len(everything) == 4 and fingerprint(everything) != fingerprint(prompts)
     with pytest.raises(ValueError, match="no prompt that can be used.*longer than 3 tokens"):
         read_prompts(tmp_path / "p.jsonl", tiny_tokenizer, 3, log=said.append)
 

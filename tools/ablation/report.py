@@ -18,7 +18,7 @@ from model.files import atomic_write_text
 from tools.ablation.results import SPIKE, Interval, LengthCurve, Result, interval, read_result
 from tools.ablation.settings import AblationConfig, Run, run_name
 from tools.ablation.timing import StepTimes, read_step_times
-from tools.plotting import pyplot, save_figure
+from train.plotting import pyplot, save_figure
 
 NONE = "–"
 FIRST_SHOWN = 0.15  # share of a run that the plots leave out: there all variants fall steeply
@@ -245,17 +245,9 @@ def _difference(value: Interval | None) -> str:
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def _plots() -> Any:
-    """matplotlib.pyplot, or None: the tables can do without."""
-    try:
-        return pyplot()
-    except ValueError:
-        return None
-
-
 def draw_curves(table: Table, baseline: str, file: Path) -> bool:
     """Held-out bits per byte over tokens and over time, a line per variant (mean of the seeds); False without matplotlib."""
-    plt = _plots()
+    plt = pyplot()
     rows = [row for row in table.rows if row.share == 1]
     if plt is None or not rows:
         return False
@@ -297,7 +289,7 @@ def mean_curve(results: Sequence[Result]) -> tuple[list[int], list[float]]:
 
 def draw_differences(table: Table, baseline: str, file: Path) -> bool:
     """Differences to the baseline with their intervals, best at equal tokens on top; False without matplotlib."""
-    plt = _plots()
+    plt = pyplot()
     rows = sorted((row for row in table.rows if row.equal_tokens is not None), key=lambda row: row.equal_tokens.mean)  # type: ignore[union-attr]
     if plt is None or not rows:
         return False

@@ -1,4 +1,4 @@
-"""The plots of a reasoning report. Words in them are English: matplotlib's own fonts have no Chinese characters."""
+"""The plots of a reasoning report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from tools.plotting import pyplot, save_figure
 from tools.reasoning_tasks.measure import Path
+from train.plotting import pyplot, save_figure
 
 SPLIT_TITLES = {
     "valid": "other problems\n(1 to 4 steps)",
@@ -26,9 +26,17 @@ Curve = dict[float, tuple[float, float, float]]
 """Number of latent steps -> (accuracy, low, high); 0 for a model without a reasoning head."""
 
 
+def _pyplot() -> Any:
+    """As `pyplot`, but the report is not complete without its plots: ValueError names the extra that is missing."""
+    plt = pyplot()
+    if plt is None:
+        raise ValueError('plots need matplotlib: pip install -e ".[app]"')
+    return plt
+
+
 def draw_accuracy(curves: dict[str, dict[str, Curve]], guesses: dict[str, float], file: FilePath) -> None:
     """curves[split][name]. Accuracy over latent steps, models without a reasoning head as horizontal lines."""
-    plt = pyplot()
+    plt = _pyplot()
     figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 4.8), dpi=110, sharey=True, squeeze=False)
     colours = plt.get_cmap("tab10")
     names = list(dict.fromkeys(name for split in curves.values() for name in split))
@@ -67,7 +75,7 @@ def draw_accuracy(curves: dict[str, dict[str, Curve]], guesses: dict[str, float]
 
 def draw_calibration(panels: Sequence[Panel], file: FilePath) -> None:
     """panels: (title, [(estimate, split, result of `calibration`)]). Estimated probability against the share of hits."""
-    plt = pyplot()
+    plt = _pyplot()
     columns = min(COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 4.5 * lines), dpi=110, squeeze=False)
@@ -97,7 +105,7 @@ def draw_calibration(panels: Sequence[Panel], file: FilePath) -> None:
 
 def draw_path(path: Path, title: str, file: FilePath) -> None:
     """A row per latent step, a column per token of the answer: the prediction, its probability, and the confidence as colour."""
-    plt = pyplot()
+    plt = _pyplot()
     rows, columns = len(path.predicted), len(path.tokens)
     figure, axis = plt.subplots(figsize=(max(7.0, 2.2 + 1.5 * columns), 1.9 + 0.62 * rows), dpi=120)
     image = axis.imshow(path.confidence, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
