@@ -145,7 +145,7 @@ def test_every_shipped_preset_loads(path: Path) -> None:
 
 
 def test_a_smart_preset_is_the_plain_one_with_its_parts() -> None:
-    """Guards: --preset nano-smart without nano's settings of the run or without the parts, or refused where a checkpoint gives the shape."""
+    """Guards: --preset nano-smart without nano's settings of the run or without the parts, or refused where there is a checkpoint."""
     plain, smart = (parse_command_line(PretrainConfig, ["--preset", name]) for name in ("nano", "nano-smart"))
     assert smart.train == plain.train and smart.data == plain.data
     assert smart.model_shape() == {**plain.model_shape(), **SMART_PARTS}
