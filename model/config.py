@@ -421,6 +421,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
+# The optional parts that were worth their time in measurements (docs/model.md), on top of each plain shape: `nano-smart` and so on.
+SMART = "-smart"
+SMART_PARTS: dict[str, Any] = {
+    "attention_temperature": "length",
+    "use_sliding_window": True,
+    "window_pattern": "SSSL",
+    "window_size": 128,
+}
+PRESETS.update({f"{name}{SMART}": {**shape, **SMART_PARTS} for name, shape in PRESETS.items()})
 
 
 def training_settings(config: HaoAIConfig) -> list[str]:

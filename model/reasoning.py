@@ -28,6 +28,7 @@ from model.config import HaoAIConfig
 from model.feedforward import SmartFeedForward
 
 CONFIDENCE_COEF = 0.1  # small: with adaptive optimisers it learns as fast, and its gradient leaves the norm that is clipped to the others
+READOUT_GAIN = 4.0  # in effect a larger learning rate of the readout's hidden layer: the states that it reads keep changing
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -100,7 +101,7 @@ class ConfidenceReadout(nn.Module):
 
     def forward(self, normed: Tensor) -> Tensor:
         with torch.autocast(normed.device.type, enabled=False):  # a rounding error here would be another number of steps
-            hidden = F.silu(F.linear(normed.float(), self.hidden.weight.float()))
+            hidden = F.silu(READOUT_GAIN * F.linear(normed.float(), self.hidden.weight.float()))
             return F.linear(hidden, self.out.weight.float(), self.out.bias.float())[..., 0]
 
     def of_states(self, normed: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import yaml
 
-from model.config import HaoAIConfig
+from model.config import SMART, HaoAIConfig
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -84,7 +84,7 @@ def parse_command_line(kind: type[Settings], argv: list[str] | None = None) -> S
                 f"--preset NAME, --config FILE, {', '.join('--' + f.replace('_', '-') for f in FLAGS)}, --help"
             )
     if preset is not None:
-        layers.append(read_yaml(preset_file(kind, preset)))
+        layers.append(read_preset(kind, preset))
     if file is not None:
         layers.append(read_yaml(Path(file)))
     settings = kind()
@@ -107,6 +107,15 @@ def preset_file(kind: type, name: str) -> Path:
         known = sorted(p.stem.split("_", 1)[1] for p in CONFIG_FOLDER.glob(f"{stage_name(kind)}_*.yaml"))
         raise UsageError(f"--preset {name}: unknown; presets of this stage: {', '.join(known) or 'none'}")
     return path
+
+
+def read_preset(kind: type, name: str) -> dict[str, Any]:
+    """The settings of `--preset NAME`. NAME-smart takes those of NAME, and a new model gets the parts of SMART_PARTS."""
+    plain = name.removesuffix(SMART)
+    values = read_yaml(preset_file(kind, plain))
+    if plain != name and "preset" in values.get("model", {}):
+        values["model"]["preset"] += SMART
+    return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

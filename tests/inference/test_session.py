@@ -72,7 +72,7 @@ def make_reasoner(make_model, tokenizer, seed):
     reasoner = make_model(tokenizer, seed=seed, use_reasoning=True, reasoning_steps=3)
     with torch.no_grad():
         reasoner.reasoning.out_proj.weight.normal_(std=0.5)
-        reasoner.reasoning.confidence.weight.normal_(std=0.5)
+        reasoner.reasoning.confidence.out.weight.normal_(std=0.9)
     return reasoner
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from model.config import SMART_PARTS
 from train import command_line
 from train import config as settings_module
 from train.config import (
@@ -142,6 +143,16 @@ def test_every_shipped_preset_loads(path: Path) -> None:
     stage, name = path.stem.split("_", 1)
     assert stage in all_stages(), f"{path.name} belongs to no stage"
     parse_command_line(all_stages()[stage], ["--preset", name])
+
+
+def test_a_smart_preset_is_the_plain_one_with_its_parts() -> None:
+    """Guards: --preset nano-smart without nano's settings of the run or without the parts, or refused where there is a checkpoint."""
+    plain, smart = (parse_command_line(PretrainConfig, ["--preset", name]) for name in ("nano", "nano-smart"))
+    assert smart.train == plain.train and smart.data == plain.data
+    assert smart.model_shape() == {**plain.model_shape(), **SMART_PARTS}
+    assert parse_command_line(SFTConfig, ["--preset", "nano-smart"]) == parse_command_line(SFTConfig, ["--preset", "nano"])
+    with pytest.raises(UsageError, match="tiny: unknown"):
+        parse_command_line(PretrainConfig, ["--preset", "tiny-smart"])
 
 
 @pytest.mark.parametrize("kind", STAGES)
