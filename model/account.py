@@ -48,7 +48,7 @@ class Account:
             attention = width * size * (shape.n_head + 2 * shape.kv_heads) + shape.n_head * size * width + 2 * size
             step = 2 * attention + 3 * width * shape.ffn_size + 3 * width
             body += step + config.reasoning_steps * width + width * width + 2 * width  # with step embedding, fusion, norms
-            body += max(width // 4, 1) * (width + 1) + 1  # confidence
+            body += config.readout_size * (width + 1) + 1
             repeated = (config.reasoning_steps - 1) * (step - 2 * width * size * shape.kv_heads)  # keys and values of the trunk: once
         embedding = config.vocab_size * width
         total = body + embedding * (1 if config.tie_word_embeddings else 2)

@@ -93,9 +93,14 @@ def save_pretrained(
     atomic_write_text(path / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
+def finished_config(config: HaoAIConfig) -> HaoAIConfig:
+    """The shape that a model of `config` is finished in."""
+    return dataclasses.replace(config, residual_scale=False, deep_supervision="none")
+
+
 def finished(model: SmartHaoAI) -> tuple[HaoAIConfig, dict[str, Tensor]]:
     """Shape and state of the same model without its training-only heads, and with its residual scales folded."""
-    config = dataclasses.replace(model.config, residual_scale=False, deep_supervision="none")
+    config = finished_config(model.config)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
     for scale_name in [name for name in state if name.endswith(("attention_scale", "mlp_scale"))]:
         scale = state.pop(scale_name)
@@ -353,6 +358,7 @@ __all__ = [
     "config_to_disk",
     "fill",
     "find_model",
+    "finished_config",
     "load_config",
     "load_finished",
     "load_pretrained",

@@ -334,6 +334,11 @@ class HaoAIConfig:
         return self.moe_intermediate_size
 
     @property
+    def readout_size(self) -> int:
+        """Width of the hidden layer that reads a confidence from a state of the reasoning head."""
+        return max(self.n_embd // 4, 1)
+
+    @property
     def reasoning_shape(self) -> HaoAIConfig:
         """Shape of the reasoning head's block: one plain layer that shares the trunk's width and rotary positions."""
         heads = self.reasoning_heads or self.n_head

@@ -94,10 +94,10 @@ class ConfidenceReadout(nn.Module):
     with states that still change.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: HaoAIConfig) -> None:
         super().__init__()
-        self.hidden = nn.Linear(width, max(width // 4, 1), bias=False)
-        self.out = nn.Linear(self.hidden.out_features, 1)
+        self.hidden = nn.Linear(config.n_embd, config.readout_size, bias=False)
+        self.out = nn.Linear(config.readout_size, 1)
 
     def forward(self, normed: Tensor) -> Tensor:
         with torch.autocast(normed.device.type, enabled=False):  # a rounding error here would be another number of steps
@@ -129,7 +129,7 @@ class ReasoningModule(nn.Module):
         self.mlp = SmartFeedForward(shape)
         self.read_norm = RMSNorm(width, eps)
         self.out_proj = nn.Linear(width, width, bias=False)
-        self.confidence = ConfidenceReadout(width)
+        self.confidence = ConfidenceReadout(config)
         self.reset_parts()
 
     def reset_parts(self) -> None:

@@ -187,9 +187,12 @@ class SmartHaoAI(nn.Module):
         if path is not None and (output_reasoning or not self.training):
             self._describe_reasoning(out, path, output_reasoning)
         if return_logits if return_logits is not None else labels is None:
-            logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
-            out.logits = capped(logits, self.config.logit_softcap)
+            out.logits = self.logits(hidden[:, -1:] if last_only else hidden)
         return out
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., C) after the final norm -> (..., V)."""
+        return capped(F.linear(states, self.head_weight), self.config.logit_softcap)
 
     @torch.no_grad()
     def position_log_probs(self, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:

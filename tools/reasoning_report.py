@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", required=True, metavar="TASKS_DIR", help="folder of valid.jsonl, held_templates.jsonl, longer.jsonl")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8], help="latent steps to try besides those of training")
     parser.add_argument("--halt", type=float, default=0.9, help="confidence above which a token takes no more steps; 0: not measured")
-    parser.add_argument("--out", default="reasoning_report", metavar="FOLDER", help="where the report goes (default reasoning_report)")
+    parser.add_argument("--out", default="weight/reasoning_report", metavar="FOLDER", help="where the report goes (default %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first rows of each file")
     parser.add_argument("--generate", action="store_true", help="also let the models answer freely, with thinking where they do")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.attention import rotary_frequencies
-from model.checkpoint import find_model, load_finished, model_type, portability_notes, weights_to_disk
+from model.checkpoint import find_model, finished_config, load_config, load_finished, model_type, portability_notes, weights_to_disk
 from model.config import HaoAIConfig
 from model.files import sync, temporary_name
 from model.tokenizer import BPETokenizer
@@ -65,9 +65,9 @@ def export_gguf(folder: str | Path, out_file: str | Path, dtype: str = "f32", lo
         raise ValueError(f"dtype={dtype!r} is not a type of this export; known: {', '.join(FILE_TYPES)}")
     folder, out_file = find_model(folder), Path(out_file)
     tokenizer = BPETokenizer.from_pretrained(folder)
-    model = load_finished(folder, log)
-    config = model.config
+    config = finished_config(load_config(folder))
     check_expressible(config)
+    model = load_finished(folder, log)
     vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, log)
     entries = list(_entries(weights_to_disk(model.state_dict(), config), config))
     arch = ARCHITECTURES[model_type(config)]

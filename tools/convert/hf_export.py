@@ -13,6 +13,8 @@ from model.checkpoint import (
     GENERATION_FILE,
     MAX_SHARD_BYTES,
     find_model,
+    finished_config,
+    load_config,
     load_finished,
     load_pretrained,
     model_type,
@@ -52,11 +54,10 @@ def export_hf(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not available for hf; choose one of: {', '.join(DTYPES)}")
     folder, out_dir = find_model(folder), Path(out_dir)
-    model = load_finished(folder, log)
-    config = model.config
+    config = finished_config(load_config(folder))
     if model_type(config) == "haoai":
         raise ValueError(f"{folder} has no architecture in transformers: {'; '.join(portability_notes(config))}")
-    tokenizer = BPETokenizer.from_pretrained(folder)
+    model, tokenizer = load_finished(folder, log), BPETokenizer.from_pretrained(folder)
     check_fits(tokenizer, config.vocab_size)
     with atomic_directory(out_dir) as partial:
         save_pretrained(model, partial, tokenizer, DTYPES[dtype], max_shard_bytes)

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from model.adapter_files import whole_model
-from model.checkpoint import CONFIG_FILE, GENERATION_FILE, find_model, load_finished, load_pretrained, model_type
+from model.checkpoint import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    find_model,
+    finished_config,
+    load_config,
+    load_finished,
+    load_pretrained,
+    model_type,
+)
 from model.disk_config import smart_parts
 from model.files import sync
 from model.tokenizer import BPETokenizer
@@ -62,9 +71,9 @@ def export_onnx(folder: str | Path, out_file: str | Path, dtype: str = "f32", lo
         from tools.convert.onnx_graph import ModelGraph
     except ImportError as error:
         raise ValueError(f'ONNX export needs a package that is missing ({error.name}): pip install -e ".[export]"') from error
-    model = load_finished(source, log)
-    if parts := smart_parts(model.config):
+    if parts := smart_parts(finished_config(load_config(source))):
         raise ValueError(f"{source} cannot be written as ONNX: the graph has no {', '.join(parts)}")
+    model = load_finished(source, log)
     if (source / "tokenizer.json").is_file():
         check_fits(BPETokenizer.from_pretrained(source), model.config.vocab_size)
     graph, weights = ModelGraph(model, DTYPES[dtype]).build()

@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from inference import Engine, SamplingSettings
-from model.cross_entropy import capped
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from tools.curriculum.probe_set import wilson
@@ -82,7 +80,7 @@ def answer_rows(model: SmartHaoAI, tokenizer: BPETokenizer, rows: Sequence[Row])
             real[place, : len(prompt) + len(answer) - 1] = True
         out = model(ids.to(model.device), return_logits=False, output_hidden_states=True)
         assert out.hidden_states is not None
-        logits = _logits(model, out.hidden_states[asks.to(model.device)]).float().cpu()
+        logits = model.logits(out.hidden_states[asks.to(model.device)]).float().cpu()
         hits = logits.argmax(dim=-1) == torch.roll(ids, -1, dims=1)[asks]
         wrong = torch.zeros_like(asks)
         wrong[asks] = ~hits
@@ -117,11 +115,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
-
-
-def _logits(model: SmartHaoAI, states: Tensor) -> Tensor:
-    """(..., C) after the final norm -> (..., V)."""
-    return capped(F.linear(states, model.head_weight), model.config.logit_softcap)
 
 
 def generate_answers(model: SmartHaoAI, tokenizer: BPETokenizer, rows: Sequence[Row], max_new_tokens: int = 200) -> list[bool]:
@@ -253,7 +246,7 @@ def reasoning_path(model: SmartHaoAI, tokenizer: BPETokenizer, row: Row) -> Path
     if out.step_hidden_states is None or out.step_confidence is None:
         raise ValueError("the model has no reasoning head, so that there is no path to draw")
     asked = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-    chances, tops = _logits(model, out.step_hidden_states[:, 0, asked]).float().softmax(dim=-1).max(dim=-1)  # (n, answer)
+    chances, tops = model.logits(out.step_hidden_states[:, 0, asked]).float().softmax(dim=-1).max(dim=-1)  # (n, answer)
     return Path(
         row["messages"][0]["content"],
         row["answer"],
