@@ -269,7 +269,8 @@ class BPETokenizer:
     ) -> Rendered:
         """A conversation as text, ids and assistant-loss mask: the only place where a conversation becomes tokens.
 
-        messages: {"role", "content", "reasoning_content"?, "tool_calls"?}. enable_thinking=False closes the thinking before it starts.
+        messages: {"role", "content", "reasoning_content"?, "tool_calls"?}. enable_thinking=False closes the thinking before it starts:
+        empty thinking then belongs to the question and is not learned.
         learn: indices of the assistant's turns that count for the loss; None: all of them.
         Structural tokens inside a message stay ordinary characters, so that no user can open or close a turn.
         A template that came with an imported model has a mask only where no reply is asked for (add_generation_prompt=False).
@@ -293,6 +294,7 @@ class BPETokenizer:
         learned = set(assistants).intersection(assistants if learn is None else learn)
         if own or has_generation_marks(self.chat_template):
             parts = _chosen(pieces(shielded, add_generation_prompt), assistants, learned)
+            parts = _asked_not_to_think(parts) if enable_thinking is False else parts
             text = "".join(piece for piece, _ in parts)
             ids, mask = self._encode_pieces(parts, mark) if own else self._encode_whole(parts, mark)
         else:
@@ -304,7 +306,8 @@ class BPETokenizer:
                     shielded = [with_thinking(m) if i in learned else m for i, m in enumerate(shielded)]
                 stop = re.compile(f"{mark}.*?{mark}|({_any_of(self._stop_names).pattern})", re.DOTALL)
                 text, spans = assistant_spans(lambda m, p: "".join(t for t, _ in pieces(m, p)), shielded, learned, stop)
-            ids, mask = self._encode_whole(_cut(text, spans), mark)
+            parts = _cut(text, spans)
+            ids, mask = self._encode_whole(_asked_not_to_think(parts) if enable_thinking is False else parts, mark)
         return Rendered(text.replace(mark, ""), ids, mask)
 
     def _template_tokens(self) -> dict[str, str]:
@@ -362,6 +365,7 @@ class BPETokenizer:
         return encoding.ids, mask
 
 
+_EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
 # Names of structure that files do not always flag as special: <think>, <|user|>, </tool_call>, [INST].
 _TAG_LIKE = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
@@ -385,6 +389,16 @@ def _chosen(parts: list[tuple[str, bool]], assistants: list[int], learned: set[i
         raise ValueError("the chat template does not put each of the assistant's turns between {% generation %} marks of its own")
     turns = iter(assistants)
     return [(piece, spoken and next(turns) in learned) for piece, spoken in parts]
+
+
+def _asked_not_to_think(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """The same pieces, where empty thinking at the beginning of a learned one is not learned."""
+    found: list[tuple[str, bool]] = []
+    for piece, learned in parts:
+        empty = _EMPTY_THINKING.match(piece) if learned else None
+        end = empty.end() if empty else 0
+        found += [(piece[:end], False)] * bool(end) + [(piece[end:], learned)]
+    return found
 
 
 def _required(backend: Tokenizer, token: str) -> int:

@@ -7,6 +7,7 @@ Unusable rows are in `bad`, with file, line and reason. Formats (other fields su
   {"instruction", "input", "output"}   {"system", "user", "assistant"}   {"system", "user", "cot", "final"}
   {"question", "answer"} (GSM8K; the answer as it stands, with the steps and the "#### 42" behind them)
   {"prompt", "chosen", "rejected"}   {"prompt", "completion", "label"}
+A conversation with {"chat_template_kwargs": {"enable_thinking": false}} is an answer to a question asked with the thinking closed.
 Decisions: two turns of one role in a row are kept as they are (merging would change what was said); an assistant may
 open a conversation, but some user must speak; an empty system prompt counts as none; a conversation with a true/false
 "label" is a judged answer, because teaching the bad ones would be wrong.
@@ -122,18 +123,18 @@ def _text_row(row: Row) -> Text:
 
 def _turns_row(row: Row) -> Conversation:
     messages, tools = _conversation_field(row)
-    return _conversation(messages, tools)
+    return _conversation(messages, tools, row)
 
 
 def _prompt_row(row: Row) -> Conversation:
     answer = "response" if "response" in row else "completion"
     turns = _with_system(row, read_side(row["prompt"], "prompt", "user")) + read_side(row[answer], answer, "assistant")
-    return _conversation(turns, read_tools(row.get("tools")))
+    return _conversation(turns, read_tools(row.get("tools")), row)
 
 
 def _alpaca_row(row: Row) -> Conversation:
     answer = assistant_turn(row["output"], "output", reasoning=row.get("reasoning_content"))
-    return _conversation([*_alpaca_prompt(row), answer], read_tools(row.get("tools")))
+    return _conversation([*_alpaca_prompt(row), answer], read_tools(row.get("tools")), row)
 
 
 def _single_turn(asked: str, answered: str, reasoning: str = "reasoning_content") -> Callable[[Row], Conversation]:
@@ -141,7 +142,8 @@ def _single_turn(asked: str, answered: str, reasoning: str = "reasoning_content"
 
     def build(row: Row) -> Conversation:
         answer = assistant_turn(row[answered], answered, reasoning=row.get(reasoning), reasoning_field=reasoning)
-        return _conversation([*_with_system(row, [plain_turn("user", row[asked], asked)]), answer], read_tools(row.get("tools")))
+        turns = [*_with_system(row, [plain_turn("user", row[asked], asked)]), answer]
+        return _conversation(turns, read_tools(row.get("tools")), row)
 
     return build
 
@@ -264,11 +266,24 @@ def _split_shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None) -> Conversation:
+def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None, row: Row) -> Conversation:
     for role in ("assistant", "user"):
         if not any(message["role"] == role for message in messages):
             raise RowError(f"no {role} turn (roles found: {', '.join(message['role'] for message in messages[:8])})")
-    return Conversation(messages, tools)
+    return Conversation(messages, tools, _thinking(row, messages[-1]))
+
+
+def _thinking(row: Row, last: Message) -> bool | None:
+    """The switch of a row as TRL's data sets have it: {"chat_template_kwargs": {"enable_thinking": false}}."""
+    arguments = parsed_json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+    if not isinstance(arguments, dict):
+        raise RowError(f"chat_template_kwargs is {kind_of(arguments)}, expected an object")
+    thinking = arguments.get("enable_thinking")
+    if not isinstance(thinking, bool | None):
+        raise RowError(f"chat_template_kwargs.enable_thinking is {str(thinking)[:40]!r}, expected true or false")
+    if thinking is False and (last.get("reasoning_content") or "").strip():
+        raise RowError("chat_template_kwargs.enable_thinking is false, but the answer has reasoning_content")
+    return thinking
 
 
 def _check_prompt(prompt: list[Message], what: str) -> None:

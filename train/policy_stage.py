@@ -22,7 +22,7 @@ from train.loop import LossFunction
 from train.metrics import METRICS_FILE, append_event, read_jsonl
 from train.plotting import plot_panels
 from train.prompts import Prompt, read_prompts
-from train.rewards import NEED_REFERENCE, Judge, check_weights
+from train.rewards import NEED_REFERENCE, NEED_RESULT, Judge, check_weights
 from train.rollout import LOGGED, REWARD, RolloutSource
 from train.runtime import Precision, device_name, format_minutes, timed
 from train.stage import Log, begin, make_model, print_plan, run_stage
@@ -165,7 +165,7 @@ def stage_prompts(
     settings: PolicyConfig, tokenizer: BPETokenizer, longest: int, judge: Judge, log: Log
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to learn on and held-out ones: data.val_file's, else what data.val_share keeps back."""
-    data, verifiable = settings.data, any(name in NEED_REFERENCE for name in judge.weights)
+    data = settings.data
 
     def read(spec: Any, share: float) -> tuple[list[Prompt], list[Prompt]]:
         return read_prompts(
@@ -173,7 +173,8 @@ def stage_prompts(
             tokenizer,
             longest,
             val_share=share,
-            verifiable=verifiable,
+            answered=any(name in NEED_REFERENCE for name in judge.weights),
+            verifiable=any(name in NEED_RESULT for name in judge.weights),
             thinking=settings.rollout.thinking,
             strict=data.strict,
             log=log,

@@ -31,6 +31,8 @@ class Prompt:
     messages: list[Message] = field(default_factory=list, compare=False)
     """The turns that `ids` stand for."""
     tools: list[dict[str, Any]] | None = field(default=None, compare=False)
+    answer: Message | None = field(default=None, compare=False)
+    """The turn that `reference` is the text of, thinking included."""
 
 
 def read_prompts(
@@ -39,6 +41,7 @@ def read_prompts(
     longest: int,
     *,
     val_share: float = 0.0,
+    answered: bool = False,
     verifiable: bool = False,
     thinking: bool | None = None,
     strict: bool = False,
@@ -46,29 +49,35 @@ def read_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The different prompts of the files that `spec` names, for training and held out (decided by each prompt's own hash).
 
-    Prompts of more than `longest` tokens are left out and counted, and with `verifiable` those whose reference has no result that a
-    rule could compare. thinking=False closes the thinking before it starts. Raises FileNotFoundError for missing files, ValueError
-    when no prompt is left or with `strict` a row is bad.
+    Left out and counted are prompts of more than `longest` tokens, with `answered` those without an answer of the data's, with
+    `verifiable` those whose answer has no result that a rule could compare. thinking=False closes the thinking before it starts, None
+    leaves that to the rows. Raises FileNotFoundError for missing files, ValueError when no prompt is left or with `strict` a row is bad.
     """
     bad = BadRows()
     found: dict[tuple[int, ...], Prompt] = {}
-    repeated = too_long = unclear = 0
+    repeated = too_long = unanswered = unclear = 0
     for file in expand_paths(spec):
-        for _, (messages, tools, reference) in read_samples(file.path, bad, _prompt_of, _read_row):
+        for _, (messages, tools, answer, switch) in read_samples(file.path, bad, _prompt_of, _read_row):
+            reference = None if answer is None else answer["content"]
+            if answered and reference is None:
+                unanswered += 1
+                continue
             if verifiable and (reference is None or not checkable(reference)):
                 unclear += 1
                 continue
-            ids = tuple(tokenizer.render(messages, tools, add_generation_prompt=True, enable_thinking=thinking).ids)
+            enabled = switch if thinking is None else thinking
+            ids = tuple(tokenizer.render(messages, tools, add_generation_prompt=True, enable_thinking=enabled).ids)
             too_long += len(ids) > longest
             repeated += ids in found
             if len(ids) <= longest and ids not in found:
-                found[ids] = Prompt(ids, messages[-1]["content"], reference, messages, tools)
+                found[ids] = Prompt(ids, messages[-1]["content"], reference, messages, tools, answer)
     bad.report(log)
     bad.raise_if_strict(strict)
     left_out = {
         "unusable": bad.total,
         "said before": repeated,
         f"longer than {longest} tokens": too_long,
+        "without an answer to compare with": unanswered,
         "without a result that can be checked": unclear,
     }
     notes = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
@@ -90,19 +99,22 @@ def _read_row(value: Any) -> Sample:
     return recognise(value)
 
 
-def _prompt_of(sample: Sample) -> tuple[list[Message], list[dict[str, Any]] | None, str | None]:
+def _prompt_of(sample: Sample) -> tuple[list[Message], list[dict[str, Any]] | None, Message | None, bool | None]:
+    """Turns, tools, the data's own answer, and the row's switch for thinking."""
+    answer: Message | None
+    switch = sample.thinking if isinstance(sample, Conversation) else None
     if isinstance(sample, Conversation):
         last = max(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
-        messages, reference = sample.messages[:last], sample.messages[last]["content"]
+        messages, answer = sample.messages[:last], sample.messages[last]
     elif isinstance(sample, Preference):
-        messages, reference = sample.prompt, sample.chosen[-1]["content"]
+        messages, answer = sample.prompt, sample.chosen[-1]
     elif isinstance(sample, Judged):
-        messages, reference = sample.prompt, sample.completion[-1]["content"] if sample.label else None
+        messages, answer = sample.prompt, sample.completion[-1] if sample.label else None
     else:
         raise RowError("a plain text has no prompt; give conversations or preference rows")
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise RowError("nobody asks before the last answer")
-    return messages, sample.tools, reference
+    return messages, sample.tools, answer, switch
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _LATIN = re.compile("[A-Za-z]")
 _SENTENCE_END = (".", "!", "?", "。", "！", "？", "…", '."', '!"', '?"', "。”", "！”", "？”")
 LONGEST_WORD_ANSWER = 12  # characters of an answer that counts as a result as it stands: B, yes, no, 北京
+CHRF_ORDER, CHRF_BETA = 6, 2
 SOFT_SHARE = 0.5  # share of the room for an answer above which the length rule begins to count
 
 
@@ -150,8 +152,26 @@ def variety(answer: Answer) -> float:
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
+def overlap(answer: Answer) -> float:
+    """How much of the data's own answer is in this one, and the other way round, from 0 to 1: chrF (Popović, 2015), the F-score of
+    runs of 1 to 6 characters in which the reference's count twice; spaces are left out. For answers that may be worded freely."""
+    if answer.reference is None:
+        return 0.0
+    wanted, given = ("".join(text.split()) for text in (answer.reference, answer.text))
+    precision = recall = 0.0
+    orders = min(CHRF_ORDER, len(wanted), len(given))
+    for size in range(1, orders + 1):
+        runs = [Counter(text[at : at + size] for at in range(len(text) - size + 1)) for text in (wanted, given)]
+        shared = (runs[0] & runs[1]).total()
+        recall += shared / runs[0].total() / orders
+        precision += shared / runs[1].total() / orders
+    weight = CHRF_BETA**2
+    return (1 + weight) * precision * recall / (weight * precision + recall) if precision and recall else 0.0
+
+
 RULES: dict[str, Rule] = {
     "exact": exact,
+    "overlap": overlap,
     "format": well_formed,
     "steps": steps,
     "language": language,
@@ -159,7 +179,8 @@ RULES: dict[str, Rule] = {
     "punctuation": punctuation,
     "variety": variety,
 }
-NEED_REFERENCE = ("exact",)
+NEED_REFERENCE = ("exact", "overlap")
+NEED_RESULT = ("exact",)  # a reference with a result that can be compared
 
 
 def check_weights(weights: Mapping[str, object]) -> dict[str, float]:

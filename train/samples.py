@@ -21,10 +21,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns with at least one user and one assistant turn; `tools` are the descriptions offered to the assistant."""
+    """Turns with at least one user and one assistant turn; `tools` are the descriptions offered to the assistant. thinking=False: the
+    last question was asked with the thinking closed."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from train.data_files import DataFile, expand_paths, is_token_file, read_token_i
 from train.documents import Document, Encoded, as_judged, encode_judged, encode_pairs, held_out
 from train.formats import BadRows, Conversation, Judged, Preference, as_conversation, as_preference, as_text, read_samples
 
-VERSION = 1
+VERSION = 2
 PIECE_CHARACTERS = 1_000_000
 SPLITS = ("train", "val")
 PAIRED = {"mask": "uint8", "lines": "int64", "values": "float32"}
@@ -229,7 +229,8 @@ def _encode_conversations(conversations: list[tuple[int, Conversation]], tokeniz
         is_val = held_out(key, share)
         try:
             turns = training_turns(conversation.messages)
-            rendered = [tokenizer.render(messages, conversation.tools, learn=learn) for messages, learn in turns]
+            thinking = conversation.thinking
+            rendered = [tokenizer.render(said, conversation.tools, enable_thinking=thinking, learn=learn) for said, learn in turns]
         except ValueError as error:
             rows.append((line, str(error)))
         else:

@@ -313,6 +313,17 @@ def test_training_ids_continue_the_prompt_ids(tiny_tokenizer: BPETokenizer) -> N
         assert not any(whole.loss_mask[len(tiny_tokenizer.render(messages[:2]).ids) : len(prompt.ids)])
 
 
+def test_closed_thinking_belongs_to_the_question(tiny_tokenizer: BPETokenizer) -> None:
+    """Guards: a switch that the model answers by a coin: empty thinking is learned, or not, as the row says."""
+    messages = [user("3 + 5 = ?"), says("8")]
+    prompt = tiny_tokenizer.render(messages[:1], add_generation_prompt=True, enable_thinking=False)
+    closed, open_ = tiny_tokenizer.render(messages, enable_thinking=False), tiny_tokenizer.render(messages)
+    assert closed.ids == open_.ids and closed.ids[: len(prompt.ids)] == prompt.ids
+    for rendered, learned in ((closed, "8<|im_end|>"), (open_, "<think>\n\n</think>\n\n8<|im_end|>")):
+        ids = [token for token, mark in zip(rendered.ids, rendered.loss_mask, strict=True) if mark]
+        assert tiny_tokenizer.decode(ids, skip_special_tokens=False) == learned
+
+
 def test_a_prompt_of_earlier_turns_is_a_prefix(tiny_tokenizer: BPETokenizer) -> None:
     """Guards: the decoder's reuse of the cache between turns of a plain conversation."""
     turns = [user("a"), says("b"), user("c"), says("d"), user("e")]

@@ -56,6 +56,13 @@ def test_held_out_problems_never_in_train(made: dict[str, list[Row]], tmp_path: 
                 assert (solve("parity", asked(row))[1][0], tuple(re.findall(r"\d+", asked(row)))) not in presses
 
 
+def test_the_switch_decides_which_rows_think(made: dict[str, list[Row]]) -> None:
+    """Guards: answers with and without thinking to the same questions, which teach the model to toss a coin."""
+    for row in made["train"]:
+        thinks = "reasoning_content" in row["messages"][1]
+        assert row.get("chat_template_kwargs") == (None if thinks else {"enable_thinking": False})
+
+
 def test_splits_differ_as_they_say(made: dict[str, list[Row]]) -> None:
     """Guards: held-out wordings in train, longer problems that are not, rows that repeat, an uneven mixture."""
     templates = {split: {row["template"] for row in rows} for split, rows in made.items()}

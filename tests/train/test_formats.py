@@ -193,6 +193,22 @@ def test_bad_rows_say_why(row: Any, reason: str) -> None:
     assert reason in str(caught.value)
 
 
+def test_the_switch_of_a_row() -> None:
+    """Guards: a row's own switch for thinking, in the form of other trainers, that is dropped or taken for true."""
+    turns = [{"role": "user", "content": "3 + 5 = ?"}, {"role": "assistant", "content": "8"}]
+    for row in ({"messages": turns}, {"prompt": "3 + 5 = ?", "response": "8"}, {"question": "3 + 5 = ?", "answer": "8"}):
+        assert [as_conversation(recognise({**row, **more})).thinking for more in ({}, _switch(False), _switch(True))] == [None, False, True]
+    for wrong, reason in ((_switch("no"), "enable_thinking is 'no'"), ({"chat_template_kwargs": [1]}, "chat_template_kwargs is a list")):
+        with pytest.raises(RowError, match=reason):
+            recognise({"messages": turns, **wrong})
+    with pytest.raises(RowError, match="false, but the answer has reasoning_content"):
+        recognise({"question": "3 + 5 = ?", "answer": "8", "reasoning_content": "3 + 5 = 8", **_switch(False)})
+
+
+def _switch(value: object) -> dict[str, Any]:
+    return {"chat_template_kwargs": {"enable_thinking": value}}
+
+
 def test_conversions_between_stages() -> None:
     """A stage fed with another stage's rows fails late or teaches unwanted answers."""
     reasoned = Conversation([user("q"), bot("a", "r")])

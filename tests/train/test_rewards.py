@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,22 @@ def test_each_rule() -> None:
     assert RULES["exact"](answer("8")) == 0.0, "without a reference nothing is right"
     assert [RULES["length"](answer("", tokens=n, limit=100)) for n in (10, 50, 75, 100)] == [0.0, 0.0, -0.5, -1.0]
     assert RULES["variety"](answer("abcd" * 50)) < 0.05 < 0.9 < RULES["variety"](answer("Each of these words differs."))
-    assert set(expected) | {"length", "variety"} == set(RULES)
+    assert set(expected) | {"length", "overlap", "variety"} == set(RULES)
+
+
+def test_overlap_is_chrf() -> None:
+    """Guards: character runs counted with their spaces or more often than both texts have them. By hand; then as sacrebleu does it."""
+    assert RULES["overlap"](answer("anything")) == 0.0
+    assert RULES["overlap"](answer("a b c", reference="abc")) == 1.0
+    # aab against ab: runs of 1: shared a, b (2/3 of those given, 2/2 of those wanted); of 2: shared ab (1/2, 1/1)
+    precision, recall = (2 / 3 + 1 / 2) / 2, 1.0
+    assert RULES["overlap"](answer("aab", reference="ab")) == pytest.approx(5 * precision * recall / (4 * precision + recall))
+    chrf = pytest.importorskip("sacrebleu.metrics").CHRF()
+    letters = random.Random()
+    for _ in range(200):
+        given, wanted = ("a" + "".join(letters.choice("ab 中文") for _ in range(letters.randrange(30))) for _ in range(2))
+        score = chrf.sentence_score(given, [wanted]).score / 100
+        assert RULES["overlap"](answer(given, reference=wanted)) == pytest.approx(score, abs=1e-9)
 
 
 def test_weights_are_checked() -> None:

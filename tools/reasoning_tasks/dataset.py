@@ -88,9 +88,13 @@ def _row(split: str, kind: str, lang: str, rng: random.Random, seen: set[object]
     said, steps_text = answer(problem, lang), working(problem, lang)
     check_row(kind, asked, said, steps_text)
     reply = {"role": "assistant", "content": said}
-    if style == "think" or style == "both" and rng.random() < 0.5:
+    thinks = style == "think" or style == "both" and rng.random() < 0.5
+    if thinks:
         reply["reasoning_content"] = steps_text
+    # Of two ways to answer the same kind of question, the switch decides: the model shall not learn to toss a coin.
+    switch = {"chat_template_kwargs": {"enable_thinking": False}} if style == "both" and not thinks else {}
     return {
+        **switch,
         "messages": [{"role": "user", "content": asked}, reply],
         "kind": kind,
         "steps": length,
