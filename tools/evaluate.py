@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from inference import Engine, SamplingSettings
+from inference import Completion, Engine, SamplingSettings
 from model.checkpoint import find_model
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
@@ -69,17 +69,24 @@ def file_bits_per_byte(
 
 
 def answer_probes(model: SmartHaoAI, tokenizer: BPETokenizer, per_kind: int = 50, seed: int = 0) -> list[tuple[Probe, str, str]]:
-    """(probe, answer, reasoning) for every held-out prompt, answered greedily in batches of like length."""
+    """(probe, answer, reasoning) for every held-out prompt, answered greedily."""
+    return [(probe, reply.text, reply.reasoning) for probe, reply in probe_replies(model, tokenizer, per_kind, seed)]
+
+
+def probe_replies(
+    model: SmartHaoAI, tokenizer: BPETokenizer, per_kind: int = 50, seed: int = 0, settings: SamplingSettings | None = None
+) -> list[tuple[Probe, Completion]]:
+    """The reply to every held-out prompt, in batches of like length; greedy when there are no settings."""
     asked = probes(seed, per_kind)
     prompts = [tokenizer.render(probe.messages, add_generation_prompt=True).ids for probe in asked]
     engine = Engine(model, tokenizer)
-    settings = SamplingSettings(max_new_tokens=PROBE_TOKENS, temperature=0.0)
+    settings = settings or SamplingSettings(max_new_tokens=PROBE_TOKENS, temperature=0.0)
     order = sorted(range(len(asked)), key=lambda i: (asked[i].kind, len(prompts[i])))
-    answers: dict[int, tuple[Probe, str, str]] = {}
+    answers: dict[int, tuple[Probe, Completion]] = {}
     for start in tqdm(range(0, len(order), PROBE_BATCH), desc="probes", unit="batch", leave=False, disable=None):
         part = order[start : start + PROBE_BATCH]
         for index, completions in zip(part, engine.generate([prompts[i] for i in part], settings), strict=True):
-            answers[index] = (asked[index], completions[0].text, completions[0].reasoning)
+            answers[index] = (asked[index], completions[0])
     return [answers[i] for i in range(len(asked))]
 
 

@@ -118,7 +118,8 @@ def measure_models(
                 if answers.answer_steps is not None and answers.all_steps is not None:
                     used.append((len(rows), answers.answer_steps, answers.all_steps))
                 if generate:
-                    entry.generated[split] = measure.generate_answers(model, tokenizer, rows)
+                    replies = measure.generate_answers(model, tokenizer, rows)
+                    entry.generated[split] = [reply.text.strip() == row["answer"] for reply, row in zip(replies, rows, strict=True)]
             if used:
                 weight = sum(n for n, _, _ in used)
                 entry.answer_steps, entry.all_steps = (sum(row[0] * row[place] for row in used) / weight for place in (1, 2))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference import Engine, SamplingSettings
+from inference import Completion, Engine, SamplingSettings
+from inference.text import THINK_OPEN
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from tools.curriculum.probe_set import wilson
@@ -117,17 +118,22 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def generate_answers(model: SmartHaoAI, tokenizer: BPETokenizer, rows: Sequence[Row], max_new_tokens: int = 200) -> list[bool]:
-    """Whether freely generated, greedy answers are right; the model may think first."""
-    prompts = [tokenizer.render(row["messages"][:1], add_generation_prompt=True).ids for row in rows]
+def generate_answers(
+    model: SmartHaoAI, tokenizer: BPETokenizer, rows: Sequence[Row], max_new_tokens: int = 200, thinking: bool | None = None
+) -> list[Completion]:
+    """Freely generated, greedy answers. thinking: True opens it, False closes it, None leaves it to the model."""
+    prompts = [tokenizer.render(row["messages"][:1], add_generation_prompt=True, enable_thinking=thinking).ids for row in rows]
+    if thinking:
+        opened = tokenizer.encode(THINK_OPEN + "\n", parse_special=True)
+        prompts = [[*ids, *opened] for ids in prompts]
     engine, settings = Engine(model, tokenizer), SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    correct = [False] * len(rows)
+    answers: dict[int, Completion] = {}
     for start in range(0, len(order), GENERATED_BATCH):
         part = order[start : start + GENERATED_BATCH]
         for index, completions in zip(part, engine.generate([prompts[i] for i in part], settings), strict=True):
-            correct[index] = completions[0].text.strip() == rows[index]["answer"]
-    return correct
+            answers[index] = completions[0]
+    return [answers[i] for i in range(len(rows))]
 
 
 def share(correct: Sequence[bool]) -> dict[str, float]:
