@@ -7,8 +7,9 @@ Several DIRs are one stage trained with several seeds; with as many before as af
 What is measured, each part when it is asked for:
 
     --probes N         shares of N held-out prompts of each kind and language that are passed: answered greedily, and sampled as chat does
+    --tasks FOLDER     right answers to what `python -m tools.make_reasoning` holds out: with thinking (greedily, and sampled), and with
+                       the thinking closed; and the share of right equations in the thinking, by the calculator
     --reward-model M   how often M scores the answer after the stage higher than the one before it, on the same prompts (a tie is half)
-    --tasks FOLDER     right answers to what `python -m tools.make_reasoning` holds out: with thinking, and with the thinking closed
     --text FILE ...    bits per byte: what the stage cost in ordinary language
 
 Intervals are the middle 95% of 2,000 draws of seeds and prompts (a bootstrap on two levels), of differences between pairs of answers
@@ -26,18 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from inference import Completion, SamplingSettings
+from inference import SamplingSettings
 from model.files import atomic_write_text
 from model.reward import RewardModel, check_same_vocabulary
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
-from tools.curriculum import Probe
 from tools.evaluate import PROBE_TOKENS, file_bits_per_byte, load, probe_replies
 from tools.reasoning_report import read_tasks
 from tools.reasoning_tasks import measure
 from train.config import UsageError
 from train.data_files import expand_paths
-from train.rewards import Answer, exact
+from train.rewards import Answer, exact, steps
 from train.runtime import describe_machine, device_name, run_main
 from train.statistics import bootstrap
 
@@ -47,7 +47,8 @@ TASK_SPLITS = ("valid", "held_templates")
 LIMIT_KB = 100
 
 Row = dict[str, Any]
-Answered = list[tuple[Probe, Completion]]
+WORKING = "right equations"
+"""A rule that hardly any stage learns from: it looks at the way, not at the result."""
 
 
 @dataclass
@@ -56,9 +57,8 @@ class Measured:
 
     shares: dict[str, list[float]] = field(default_factory=dict)
     """Name of a measure -> a value for each prompt."""
-    answers: Answered = field(default_factory=list)
-    """To the probes, greedily."""
-    prompts: list[list[int]] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    """Tokens of the questions with the greedy answers, for a reward model."""
     bits: dict[str, float] = field(default_factory=dict)
     """Name of a file -> bits per byte."""
 
@@ -89,12 +89,7 @@ def measure_model(folder: str, options: argparse.Namespace, tasks: dict[str, lis
     if options.probes:
         _measure_probes(found, model, tokenizer, options)
     for split, rows in tasks.items():
-        for name, thinking in (("thinking", True), ("thinking closed", False)):
-            replies = measure.generate_answers(model, tokenizer, rows, thinking=thinking)
-            found.shares[f"exact, {split}, {name}"] = [
-                exact(Answer(row["messages"][0]["content"], reply.text, reference=row["answer"]))
-                for reply, row in zip(replies, rows, strict=True)
-            ]
+        _measure_tasks(found, model, tokenizer, split, rows)
     for file in expand_paths(options.text):
         measured = file_bits_per_byte(model, tokenizer, file.path, context=256, limit_bytes=LIMIT_KB * 1000)
         assert measured.bpb is not None
@@ -102,23 +97,34 @@ def measure_model(folder: str, options: argparse.Namespace, tasks: dict[str, lis
     return found
 
 
+def _measure_tasks(found: Measured, model: SmartHaoAI, tokenizer: BPETokenizer, split: str, rows: list[Row]) -> None:
+    for name, thinking, temperature in (("thinking", True, 0.0), ("thinking, sampled", True, 1.0), ("thinking closed", False, 0.0)):
+        replies = measure.generate_answers(model, tokenizer, rows, thinking=thinking, temperature=temperature)
+        answers = [
+            Answer(row["messages"][0]["content"], reply.text, reply.reasoning, reference=row["answer"])
+            for reply, row in zip(replies, rows, strict=True)
+        ]
+        found.shares[f"exact, {split}, {name}"] = [exact(answer) for answer in answers]
+        if name == "thinking":
+            found.shares[f"{WORKING}, {split}"] = [steps(answer) for answer in answers]
+            prompts = measure.task_prompts(tokenizer, rows, thinking)
+            found.answers += [[*ids, *reply.ids] for ids, reply in zip(prompts, replies, strict=True)]
+
+
 def _measure_probes(found: Measured, model: SmartHaoAI, tokenizer: BPETokenizer, options: argparse.Namespace) -> None:
     for name, settings in (("probes, greedy", None), ("probes, sampled", SAMPLED)):
         answered = probe_replies(model, tokenizer, options.probes, settings=settings)
         found.shares[name] = [float(probe.check(reply.text, reply.reasoning)) for probe, reply in answered]
         if settings is None:
-            found.answers = answered
-            found.prompts = [tokenizer.render(probe.messages, add_generation_prompt=True).ids for probe, _ in answered]
+            asked = [tokenizer.render(probe.messages, add_generation_prompt=True).ids for probe, _ in answered]
+            found.answers += [[*ids, *reply.ids] for ids, (_, reply) in zip(asked, answered, strict=True)]
 
 
 def score_answers(models: Sequence[Measured], folder: str, tokenizer: BPETokenizer, device: str) -> list[np.ndarray]:
     """The reward model's score of each answer of each model."""
     check_same_vocabulary(tokenizer, BPETokenizer.from_pretrained(folder), folder)
     judge = RewardModel.from_pretrained(folder).to(device_name(device))
-    return [
-        judge.score_ids([[*ids, *reply.ids] for ids, (_, reply) in zip(m.prompts, m.answers, strict=True)], tokenizer.pad_token_id).numpy()
-        for m in models
-    ]
+    return [judge.score_ids(model.answers, tokenizer.pad_token_id).numpy() for model in models]
 
 
 def changes(before: Sequence[Measured], after: Sequence[Measured], scores: Sequence[np.ndarray] | None = None) -> list[Change]:
@@ -129,14 +135,11 @@ def changes(before: Sequence[Measured], after: Sequence[Measured], scores: Seque
         first = np.array([m.shares[name] for m in pairs])
         second = np.array([m.shares[name] for m in after])
         found.append(_change(name, second - first, float(first.mean()), float(second.mean())))
+        if name.startswith(WORKING):
+            found.append(_win_rate(f"win rate by {name}", first, second))
     if scores is not None:
-        starts = [scores[n if len(before) > 1 else 0] for n in range(len(after))]
-        wins = np.array([(np.sign(new - old) + 1) / 2 for old, new in zip(starts, scores[len(before) :], strict=True)])
-        found.append(_change("win rate by the reward model", wins - 0.5, None, float(wins.mean())))
-    if after[0].answers:
-        passed = [np.array([m.shares["probes, greedy"] for m in side]) for side in (pairs, after)]
-        wins = (np.sign(passed[1] - passed[0]) + 1) / 2
-        found.append(_change("win rate by the probes' rules", wins - 0.5, None, float(wins.mean())))
+        starts = np.array([scores[n if len(before) > 1 else 0] for n in range(len(after))])
+        found.append(_win_rate("win rate by the reward model", starts, np.array(scores[len(before) :])))
     for name in after[0].bits:
         differences = [new.bits[name] - old.bits[name] for old, new in zip(pairs, after, strict=True)]
         low, high = min(differences), max(differences)
@@ -149,6 +152,12 @@ def _change(name: str, differences: np.ndarray, before: float | None, after: flo
     """differences: (seeds, prompts)."""
     low, high = bootstrap(differences)
     return Change(name, before, after, float(differences.mean()), low, high, [float(row.mean()) for row in differences])
+
+
+def _win_rate(name: str, before: np.ndarray, after: np.ndarray) -> Change:
+    """How often the later answer is the better one; a tie is half. before, after: (seeds, prompts)."""
+    wins = (np.sign(after - before) + 1) / 2
+    return _change(name, wins - 0.5, None, float(wins.mean()))
 
 
 def table(found: Sequence[Change]) -> str:
@@ -202,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--before", nargs="+", required=True, metavar="DIR", help="the model that the stage began with")
     parser.add_argument("--after", nargs="+", required=True, metavar="DIR", help="what the stage made of it, one DIR for each seed")
     parser.add_argument("--probes", type=int, default=0, metavar="N", help="held-out prompts of each kind and language (default: none)")
-    parser.add_argument("--reward-model", metavar="DIR", help="for the win rate; needs --probes")
+    parser.add_argument("--reward-model", metavar="DIR", help="for the win rate; needs --probes or --tasks")
     parser.add_argument("--tasks", metavar="FOLDER", help="what tools.make_reasoning wrote")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N tasks of each file")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help=f"texts; the first {LIMIT_KB} kB of each file")
@@ -213,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--before names {len(options.before)} models, --after {len(options.after)}: give one before, or as many as after")
     if not (options.probes or options.tasks or options.text):
         raise UsageError("nothing is measured: give --probes N, --tasks FOLDER or --text FILE")
-    if options.reward_model and not options.probes:
-        raise UsageError("--reward-model judges the answers to the probes: give --probes N, too")
+    if options.reward_model and not (options.probes or options.tasks):
+        raise UsageError("--reward-model judges answers: give --probes N or --tasks FOLDER, too")
     run(options)
 
 

@@ -11,20 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from inference import Completion
 from model import BPETokenizer, HaoAIConfig, RewardModel, SmartHaoAI
 from tools import alignment_report
-from tools.alignment_report import Measured, changes, main, table
-from tools.curriculum import probes
+from tools.alignment_report import WORKING, Measured, changes, main, table
 from train.config import UsageError
 from train.statistics import bootstrap
 
-ASKED = probes(per_kind=1)[:4]
-
 
 def measured(passed: list[float], bits: float = 2.0) -> Measured:
-    replies = [(probe, Completion([1], "x", finish_reason="stop")) for probe in ASKED]
-    return Measured({"probes, greedy": passed}, replies, [[1, 2]] * len(ASKED), {"valid": bits})
+    return Measured({"probes, greedy": passed, f"{WORKING}, valid": passed}, [[1, 2]] * len(passed), {"valid": bits})
 
 
 def test_pairs_are_compared_prompt_by_prompt_and_seed_by_seed() -> None:
@@ -36,7 +31,7 @@ def test_pairs_are_compared_prompt_by_prompt_and_seed_by_seed() -> None:
     share = found["probes, greedy"]
     assert (share.before, share.after, share.seeds) == (0.75, 0.75, [0.25, -0.25])
     assert found["win rate by the reward model"].after == pytest.approx((2 + 0.5 + 0 + 4 * 0.5) / 8)
-    assert found["win rate by the probes' rules"].after == pytest.approx(0.5 + (0.5 - 0.5) / 8)
+    assert found[f"win rate by {WORKING}, valid"].after == pytest.approx(0.5 + (0.5 - 0.5) / 8)
     bits = found["bits per byte, valid"]
     assert (bits.difference, bits.low, bits.high) == pytest.approx((0.15, 0.1, 0.2))
     one = {change.name: change for change in changes([before[0]], after)}
@@ -82,7 +77,7 @@ def test_from_the_command_line(
     for wrong, reason in (
         (["--before", start, start, "--after", *ends, ends[0], *more], "--before names 2 models, --after 3"),
         (["--before", start, "--after", start], "nothing is measured"),
-        (["--before", start, "--after", start, "--reward-model", "x", "--text", str(text)], "give --probes"),
+        (["--before", start, "--after", start, "--reward-model", "x", "--text", str(text)], "give --probes N or --tasks"),
     ):
         with pytest.raises(UsageError, match=reason):
             main(wrong)

@@ -118,15 +118,24 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
+def task_prompts(tokenizer: BPETokenizer, rows: Sequence[Row], thinking: bool | None = None) -> list[list[int]]:
+    """The questions as ids. thinking: True opens it, False closes it, None leaves it to the model."""
+    opened = tokenizer.encode(THINK_OPEN + "\n", parse_special=True) if thinking else []
+    questions = (row["messages"][:1] for row in rows)
+    return [[*tokenizer.render(asked, add_generation_prompt=True, enable_thinking=thinking).ids, *opened] for asked in questions]
+
+
 def generate_answers(
-    model: SmartHaoAI, tokenizer: BPETokenizer, rows: Sequence[Row], max_new_tokens: int = 200, thinking: bool | None = None
+    model: SmartHaoAI,
+    tokenizer: BPETokenizer,
+    rows: Sequence[Row],
+    max_new_tokens: int = 200,
+    thinking: bool | None = None,
+    temperature: float = 0.0,
 ) -> list[Completion]:
-    """Freely generated, greedy answers. thinking: True opens it, False closes it, None leaves it to the model."""
-    prompts = [tokenizer.render(row["messages"][:1], add_generation_prompt=True, enable_thinking=thinking).ids for row in rows]
-    if thinking:
-        opened = tokenizer.encode(THINK_OPEN + "\n", parse_special=True)
-        prompts = [[*ids, *opened] for ids in prompts]
-    engine, settings = Engine(model, tokenizer), SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+    """Freely generated answers; greedy, or sampled with fixed seeds. thinking as in `task_prompts`."""
+    prompts = task_prompts(tokenizer, rows, thinking)
+    engine, settings = Engine(model, tokenizer), SamplingSettings(max_new_tokens, temperature, top_k=0, top_p=1.0, seed=0)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers: dict[int, Completion] = {}
     for start in range(0, len(order), GENERATED_BATCH):

@@ -1,0 +1,196 @@
+"""Does alignment help? Every stage from one chat model, with several seeds, measured before and after on the same held-out questions.
+
+    python -m tools.alignment_study weight/sft --conversations FILE [--text FILE ...] [--seeds 3] [--only STAGE ...] [--out FOLDER]
+
+FILE holds the conversations that the chat model learned from; their questions are asked again for preference pairs and PPO. Stages:
+
+    reasoning   fine-tuning on tasks with written steps (tools.make_reasoning), among ordinary conversations
+    grpo        from the reasoning model of the same seed: rewards for right results
+    reward      a reward model from pairs of the chat model's own answers, ranked by how much they share with the data's answer
+    dpo         from the chat model, on the same pairs
+    ppo         from the chat model, by the reward model of the first seed
+    distil      a smaller student from few conversations: with the chat model as its teacher, and without
+
+What is finished is kept: the same command goes on after a stop. OUT/report.md has a table for each stage. Hours on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.files import atomic_write_text
+from tools import alignment_report
+from train.runtime import format_minutes, run_main
+
+STAGES = ("reasoning", "grpo", "reward", "dpo", "ppo", "distil")
+REWARD_FACTS = ("held-out accuracy", "calibration", "accuracy where the preferred answer is longer", "accuracy where it is shorter")
+FEW = 2000
+"""Conversations that the students of the distillation learn from."""
+
+
+@dataclass
+class Study:
+    """Where things lie, and the commands that make them."""
+
+    model: str
+    conversations: str
+    text: list[str]
+    out: Path
+    seeds: int
+    threads: int
+    log: Callable[[str], object] = print
+
+    @property
+    def tasks(self) -> Path:
+        return self.out / "tasks"
+
+    @property
+    def pairs(self) -> Path:
+        return self.out / "pairs.jsonl"
+
+    @property
+    def few(self) -> Path:
+        return self.out / "few.jsonl"
+
+    def folder(self, stage: str, seed: int) -> Path:
+        return self.out / stage / f"seed_{seed}"
+
+    def folders(self, stage: str) -> list[str]:
+        return [str(self.folder(stage, seed)) for seed in range(self.seeds)]
+
+    # ------------------------------------------------------------------ data
+
+    def prepare(self) -> None:
+        """Tasks, pairs and the few conversations, unless they are there."""
+        if not (self.tasks / "train.jsonl").is_file():
+            self._call("tools.make_reasoning", str(self.tasks), "--rows", "20000", "--style", "both")
+        if not self.few.is_file():
+            atomic_write_text(self.few, "".join(_first_lines(Path(self.conversations), FEW)))
+        if not self.pairs.is_file():
+            ranking = ["--by", "rule", "--rule", "overlap", "--gap", "0.05", "--samples", "4"]
+            sampling = ["--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "160", "--limit", "6000"]
+            self._call("tools.make_preferences", self.model, str(self.pairs), "--prompts", self.conversations, *ranking, *sampling)
+
+    # ------------------------------------------------------------------ stages
+
+    def words(self, stage: str, seed: int) -> tuple[str, list[str]]:
+        """Module and settings of a stage; those that are not named are the stage's own."""
+        start, chat = f"model_dir={self.folder('reasoning', seed)}", f"model_dir={self.model}"
+        tasks = f"data.prompt_file={self.tasks}/train.jsonl"
+        mixture = f"data.sft_file=[{self.tasks}/train.jsonl, {{path: {self.conversations}, weight: 0.3}}]"
+        valid = f"data.val_file={self.tasks}/valid.jsonl"
+        student = ["--preset", "nano", "model.n_layer=3", f"data.sft_file={self.few}", f"tokenizer_dir={self.model}", "train.epochs=8"]
+        pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.1", "train.epochs=2"]
+        return {
+            "reasoning": ("train.train_sft", ["--preset", "nano", mixture, valid, chat, "train.epochs=1"]),
+            "grpo": ("train.train_grpo", [tasks, valid, start, "rollout.thinking=true", "train.max_steps=300"]),
+            "reward": ("train.train_reward", [*pairs, chat]),
+            "dpo": ("train.train_dpo", [*pairs, chat]),
+            "ppo": (
+                "train.train_ppo",
+                [f"data.prompt_file={self.conversations}", chat, f"reward_model_dir={self.folder('reward', 0)}", "train.max_steps=150"],
+            ),
+            "distil": ("train.train_distill", [*student, f"teacher_dir={self.model}"]),
+            "distil_alone": ("train.train_distill", [*student, "teacher_dir=none"]),
+        }[stage]
+
+    def train(self, stage: str, seed: int) -> None:
+        """One stage with one seed, unless it is finished; one that was stopped goes on."""
+        folder = self.folder(stage, seed)
+        if (folder / "report.md").is_file():
+            return
+        module, words = self.words(stage, seed)
+        common = [f"out_dir={folder}", f"train.seed={seed}", f"train.threads={self.threads}", f"data.store_dir={self.out / 'store'}"]
+        self._call(module, *words, *common, *(["--resume"] if folder.is_dir() else []), into=folder.parent / f"seed_{seed}.log")
+
+    def _call(self, module: str, *words: str, into: Path | None = None) -> None:
+        """Run a module as a user would. Raises ValueError when it fails."""
+        shown = subprocess.list2cmdline(["python", "-m", module, *words])
+        self.log(f"$ {shown}")
+        start = time.perf_counter()
+        command = [sys.executable, "-m", module, *words]
+        if into is None:
+            status = subprocess.run(command, check=False).returncode
+        else:
+            into.parent.mkdir(parents=True, exist_ok=True)
+            with open(into, "a", encoding="utf-8") as file:
+                status = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
+        if status:
+            raise ValueError(f"this command ended with status {status}: {shown}" + (f"; its output is in {into}" if into else ""))
+        self.log(f"  {format_minutes(time.perf_counter() - start)}")
+
+    # ------------------------------------------------------------------ what came of it
+
+    def report(self, stage: str) -> str:
+        """The table of a stage."""
+        file = self.out / "reports" / stage / "report.md"
+        if stage == "reward":
+            return self._reward_table()
+        if not file.is_file():
+            before, more = {
+                "reasoning": ([self.model], ["--tasks", str(self.tasks), "--limit", "600", "--probes", "20"]),
+                "grpo": (self.folders("reasoning"), ["--tasks", str(self.tasks), "--limit", "600"]),
+                "dpo": ([self.model], ["--probes", "50", "--reward-model", str(self.folder("reward", 0))]),
+                "ppo": ([self.model], ["--probes", "50", "--reward-model", str(self.folder("reward", 0))]),
+                "distil": (self.folders("distil_alone"), ["--probes", "50"]),
+            }[stage]
+            words = ["--before", *before, "--after", *self.folders(stage), *more, "--out", str(file.parent)]
+            alignment_report.main([*words, *(["--text", *self.text] if self.text else [])])
+        return file.read_text(encoding="utf-8").partition("\n\n")[2]
+
+    def _reward_table(self) -> str:
+        """What each reward model says of its held-out pairs in its own report."""
+        lines = ["| held-out pairs | " + " | ".join(f"seed {seed}" for seed in range(self.seeds)) + " |", "|---" * (self.seeds + 1) + "|"]
+        reports = [(self.folder("reward", seed) / "report.md").read_text(encoding="utf-8") for seed in range(self.seeds)]
+        for name in REWARD_FACTS:
+            found = [next((line for line in text.splitlines() if line.startswith(f"- {name}: ")), "- : ") for text in reports]
+            lines.append(f"| {name} | " + " | ".join(line.partition(": ")[2] for line in found) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def run(study: Study, only: Sequence[str] = STAGES) -> None:
+    """Everything that is not finished, then the report."""
+    study.prepare()
+    for seed in range(study.seeds):
+        for stage in (stage for stage in STAGES if stage in only):
+            for part in ("distil", "distil_alone") if stage == "distil" else (stage,):
+                study.train(part, seed)
+    tables = [f"## {stage}\n\n{study.report(stage)}" for stage in STAGES if stage in only]
+    text = f"# Does alignment help?\n\nFrom {study.model}, {study.seeds} seeds.\n\n" + "\n".join(tables)
+    atomic_write_text(study.out / "report.md", text)
+    study.log(f"\n{text}\n{study.out / 'report.md'}")
+
+
+def _first_lines(path: Path, count: int) -> list[str]:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [line for _, line in zip(range(count), file, strict=False)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.alignment_study", description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="DIR", help="the chat model that every stage begins with")
+    parser.add_argument("--conversations", required=True, metavar="FILE", help="conversations whose questions are asked again (.jsonl)")
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held-out texts for bits per byte")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each stage (default 3)")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="these stages alone")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--out", type=Path, default=Path("weight/alignment_study"), metavar="FOLDER", help="default %(default)s")
+    options = parser.parse_args(argv)
+    if options.seeds < 1:
+        parser.error("--seeds needs a number from 1")
+    run(Study(options.model, options.conversations, options.text, options.out, options.seeds, options.threads), options.only)
+
+
+if __name__ == "__main__":
+    run_main(main)
