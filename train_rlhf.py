@@ -13,7 +13,7 @@ from train.config import FLAGS, PPOStageConfig, RewardStageConfig, RLHFConfig, k
 from train.data_files import expand_paths
 from train.rewards import check_weights
 from train.runtime import run_main
-from train.stage import NEWEST, newest_chat_model, open_out_dir
+from train.stage import NEWEST, newest_model, open_out_dir
 from train.train_ppo import ppo
 from train.train_reward import reward
 
@@ -25,11 +25,12 @@ def rlhf(settings: RLHFConfig, log: Callable[[str], object] = print) -> int:
     first, second = settings.reward, settings.ppo
     expand_paths(second.data.prompt_file)  # what is wrong with the second stage should not show after the first
     check_weights(second.rewards)
+    same_start = first.model_dir == second.model_dir
     for stage in (first, second):
         for flag in FLAGS:
             setattr(stage, flag, getattr(settings, flag))
         if stage.model_dir == NEWEST:
-            stage.model_dir = newest_chat_model()
+            stage.model_dir = first.model_dir if same_start and stage is second else newest_model(stage)
         open_out_dir(stage)  # of both, before the first begins
     second.reward_model_dir = first.out_dir
     log(f"[1/2] reward model -> {first.out_dir}")
@@ -60,7 +61,7 @@ def for_stages(words: list[str]) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=")
         own = name.partition(".")[0]
-        if not equals or name.startswith("-") or (own in stages and name not in known[own]):
+        if not equals or name.startswith("-") or name in FLAGS or (own in stages and name not in known[own]):
             expanded.append(word)
         elif name == "out_dir":
             expanded += [f"{stage}.out_dir={Path(value) / stage}" for stage in stages]

@@ -1,7 +1,8 @@
 """From raw text to a chatting model in one command: `python train_smart.py [--minutes 18] [--recipe quick|sample]`.
 
-Prepares a bilingual corpus, trains the tokenizer, pretrains, fine-tunes on conversations, measures, and shows sample answers. Run
-again, it reuses finished stages; interrupted, it goes on where it stopped.
+Prepares a bilingual corpus, trains the tokenizer, pretrains, fine-tunes on conversations, teaches the model to think about tasks
+before it answers, lets it learn from its own mistakes (--rlhf), measures, and shows sample answers. Run again, it reuses finished
+stages; interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ import yaml
 from model.config import HaoAIConfig
 from model.files import atomic_write_text
 from model.transformer import SmartHaoAI
-from tools.curriculum import score
-from tools.evaluate import answer_probes, file_bits_per_byte, load, probe_table
+from tools import make_preferences, smart_data
 from tools.prepare_data import SourcesUnavailable, prepare
+from tools.reasoning_tasks import KINDS
+from tools.smart_report import write_report
 from train.checkpoints import newest_checkpoint
 from train.config import (
     DataConfig,
+    DPOStageConfig,
+    GRPOStageConfig,
     OptimizationConfig,
+    PPOStageConfig,
     PretrainConfig,
+    RewardStageConfig,
     SFTConfig,
     StageConfig,
     TokenizerConfig,
@@ -37,25 +43,31 @@ from train.config import (
     to_yaml,
 )
 from train.runtime import Precision, choose_precision, describe_machine, device_name, format_minutes, run_main, set_threads, timed
+from train.stage import INTERRUPTED
+from train.train_dpo import dpo
+from train.train_grpo import grpo
+from train.train_ppo import ppo
 from train.train_pretrain import pretrain
+from train.train_reward import reward
 from train.train_sft import sft
 from train.train_tokenizer import train_tokenizer
 
-PRETRAIN_SHARE, SFT_SHARE = 0.52, 0.30  # of the minutes; the rest is data, tokenizer and evaluation
-VALIDATION_KB = 100
+# Shares of the minutes; what is left is for data, tokenizer and evaluation. Then: what the last one is for, by --rlhf, and in which
+# proportion. pairs: the model answers questions of its training; where its result is wrong, the data's own answer is preferred.
+SHARES = {"pretrain": 0.46, "sft": 0.26, "reasoning": 0.06, "preference": 0.06}
+PREFERENCE = {
+    "dpo": {"pairs": 1, "dpo": 1},
+    "ppo": {"pairs": 1, "reward": 1, "ppo": 2},
+    "grpo": {"grpo": 1},
+    "none": {},
+}
+STAGES = {"pretrain": pretrain, "sft": sft, "reasoning": sft, "dpo": dpo, "reward": reward, "ppo": ppo, "grpo": grpo}
+NO_CHAT = ("pretrain", "pairs", "reward")  # what cannot be the last: nobody can talk to it
 REAL_WEIGHT = 0.5  # passes over the real texts per pass over the generated ones
-SAMPLE_QUESTIONS = (
-    "你好！",
-    "你叫什么名字？",
-    "天空是什么颜色？",
-    "12 + 7 = ?",
-    "给我讲一个小兔子的故事。",
-    "Hello!",
-    "Who are you?",
-    "What does a cow eat?",
-    "How much is 25 + 13?",
-    "Tell me a story about a little cat.",
-)
+CHAT_WEIGHT = 0.25  # the same in reasoning, of conversations per pass over the tasks: about half of the tokens, so that chat stays
+TASKS = 10_000
+QUESTIONS_A_MINUTE = 3_000  # to make pairs from: more than can be asked
+FEWEST_PAIRS = 16  # below that a preference stage would learn them by heart
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,15 @@ class Shape:
 
 
 RECORD_FILE = "smart.json"
+OWN_DATA = "data"  # folder in --out of what this program makes to learn from
+TASK_FOLDER, QUESTIONS, PAIRS = f"{OWN_DATA}/tasks", f"{OWN_DATA}/questions.jsonl", f"{OWN_DATA}/pairs.jsonl"
+WHAT = {  # in the plan
+    "pairs": "answers questions; right answers against its wrong ones",
+    "dpo": "learns from the pairs",
+    "reward": "a reward model learns from the pairs",
+    "ppo": "answers tasks; reward model and results say how well",
+    "grpo": "answers tasks, several times each; right against wrong",
+}
 LADDER = (
     Shape(4, {"preset": "nano", "n_layer": 4}, 4096),
     Shape(60, {"preset": "nano"}, 6144),
@@ -93,21 +114,31 @@ def main(argv: list[str] | None = None) -> int:
     print_plan(args, shape, precision, rate, device)
 
     data = prepare_corpus(args)
-    set_sources(stages, data)
-    print("\n[1/4] tokenizer")
+    set_sources(stages, data, out)
+    remove_changed(stages, out, args.overwrite)
+    smart_data.write_tasks(out / TASK_FOLDER, TASKS, args.per_kind * len(KINDS), args.seed)
+    minutes = minutes_of(args)
+    total = len(minutes) + 2
+    print(f"\n[1/{total}] tokenizer")
     train_tokenizer(stages["tokenizer"])  # type: ignore[arg-type]
-    for number, (name, run) in enumerate((("pretrain", pretrain), ("sft", sft)), start=2):
-        print(f"\n[{number}/4] {name}")
-        status = run_stage(stages[name], run)
-        if status:
+    last = ""
+    for number, name in enumerate(minutes, start=2):
+        print(f"\n[{number}/{total}] {name}", flush=True)
+        if name == "pairs":
+            if not make_pairs(args, out, data, minutes[name]):
+                print("too few pairs to learn from: the stages after this one are left out")
+                break
+        elif run_stage(stages[name]):
             print("\nrun the same command again to go on from here")
-            return status
-    print("\n[4/4] evaluation")
-    report = evaluate(out, data, args)
-    print(report)
-    plots = ", ".join(str(out / name / "loss.png") for name in ("pretrain", "sft"))
+            return INTERRUPTED
+        if name not in NO_CHAT:
+            last = name
+    print(f"\n[{total}/{total}] evaluation", flush=True)
+    title = f"{args.recipe}, {args.minutes:g} minutes"
+    print(write_report(out, last, data, out / TASK_FOLDER / "valid.jsonl", title, args.per_kind, args.device))
+    plots = ", ".join(str(out / name / "loss.png") for name in minutes if (out / name / "loss.png").is_file())
     print(f"\nloss plots  {plots}\nreport      {out / 'report.md'}\ntotal time  {format_minutes(time.perf_counter() - started)}")
-    print(f"\nGo on with:  python chat.py --model {out / 'sft'}\n接着聊：      python chat.py --model {out / 'sft'} --lang zh")
+    print(f"\nGo on with:  python chat.py --model {out / last}\n接着聊：      python chat.py --model {out / last} --lang zh")
     return 0
 
 
@@ -119,6 +150,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=("quick", "sample", "core"),
         default="quick",
         help="quick: small real corpora plus generated data; sample: generated only, no network; core: a larger real corpus",
+    )
+    parser.add_argument(
+        "--rlhf",
+        choices=tuple(PREFERENCE),
+        default="dpo",
+        help="how the model learns from its own answers, after reasoning: dpo (default): right answers against its wrong ones; ppo: a "
+        "reward model from such pairs, then PPO; grpo: right against wrong ones among its own, on tasks; none: not at all. "
+        "The stages before are the same, and reused when only this changes",
     )
     parser.add_argument("--out", default="weight", help="folder of the results (default weight)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
@@ -132,6 +171,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.per_kind < 1:
         raise UsageError(f"--per-kind {args.per_kind} must be at least 1")
     return args
+
+
+def minutes_of(args: argparse.Namespace) -> dict[str, float]:
+    """What is done between tokenizer and evaluation, in its order, and the minutes for it."""
+    minutes = {name: share * args.minutes for name, share in SHARES.items()}
+    left, parts = minutes.pop("preference"), PREFERENCE[args.rlhf]
+    return {**minutes, **{name: left * part / sum(parts.values()) for name, part in parts.items()}}
 
 
 def choose_shape(minutes: float, device: str) -> Shape:
@@ -173,25 +219,30 @@ def print_plan(args: argparse.Namespace, shape: Shape, precision: Precision, rat
     memory = account.training_bytes(shape.batch_size, shape.max_length, precision.name != "fp32") / 2**20
     print(f"memory      about {memory:,.0f} MiB for a training step")
     print(f"budget      {args.minutes:g} minutes, recipe {args.recipe}, {rate:,.0f} training tokens per second measured")
-    for name, share in (("pretraining", PRETRAIN_SHARE), ("fine-tuning", SFT_SHARE)):
-        print(f"  {name:<12}{share * args.minutes:5.1f} min  about {share * args.minutes * 60 * rate / 1e6:.1f} M tokens")
-    print(f"  {'the rest':<12}{(1 - PRETRAIN_SHARE - SFT_SHARE) * args.minutes:5.1f} min  data, tokenizer, evaluation", flush=True)
+    minutes = minutes_of(args)
+    for name, length in minutes.items():
+        what = WHAT.get(name) or f"about {length * 60 * rate / 1e6:.1f} M tokens"
+        print(f"  {name:<12}{length:5.1f} min  {what}")
+    print(f"  {'the rest':<12}{args.minutes - sum(minutes.values()):5.1f} min  data, tokenizer, evaluation", flush=True)
 
 
 def _stages(args: argparse.Namespace, shape: Shape, out: Path, device: str, precision: str) -> dict[str, StageConfig]:
-    """The settings of the three stages. They depend on the arguments alone, so that a second run finds them unchanged."""
+    """The settings of all stages that are to run. They depend on the arguments alone, so that a second run finds them unchanged."""
+    minutes = minutes_of(args)
     tokenizer = TokenizerConfig(vocab_size=shape.vocab_size, sample_mb=16)
     data: dict[str, Any] = {"max_length": shape.max_length, "store_dir": str(out / "token_store")}
-    common: dict[str, Any] = {
-        "batch_size": shape.batch_size,
-        "optimizer": "muon",
-        "min_lr_ratio": 0.03,
-        "device": device,
-        "precision": precision,
-        "threads": args.threads,
-        "seed": args.seed,
-    }
-    return {
+    machine: dict[str, Any] = {"device": device, "precision": precision, "threads": args.threads, "seed": args.seed}
+    common: dict[str, Any] = {**machine, "batch_size": shape.batch_size, "optimizer": "muon", "min_lr_ratio": 0.03}
+
+    def aligned(settings: StageConfig) -> StageConfig:
+        """The stage of this name with the defaults of its own command, from reasoning, in its time."""
+        name = Path(settings.out_dir).name
+        settings.out_dir, settings.model_dir, settings.resume = str(out / name), str(out / "reasoning"), True
+        settings.data = replace(settings.data, **data)
+        settings.train = replace(settings.train, **machine, eval_every=0, sample_every=0, eval_tokens=20_000, max_minutes=minutes[name])
+        return settings
+
+    stages: dict[str, StageConfig] = {
         "tokenizer": TokenizerStageConfig(out_dir=str(out / "tokenizer"), tokenizer=tokenizer, data=DataConfig(**data)),
         "pretrain": PretrainConfig(
             out_dir=str(out / "pretrain"),
@@ -200,7 +251,7 @@ def _stages(args: argparse.Namespace, shape: Shape, out: Path, device: str, prec
             resume=True,
             model=dict(shape.model),
             data=DataConfig(**data, short_length=shape.max_length // 2, short_share=0.5),
-            train=OptimizationConfig(**common, schedule="wsd", lr=6e-3, max_minutes=args.minutes * PRETRAIN_SHARE),
+            train=OptimizationConfig(**common, schedule="wsd", lr=6e-3, max_minutes=minutes["pretrain"]),
         ),
         "sft": SFTConfig(
             out_dir=str(out / "sft"),
@@ -208,9 +259,25 @@ def _stages(args: argparse.Namespace, shape: Shape, out: Path, device: str, prec
             tokenizer=tokenizer,
             resume=True,
             data=DataConfig(**data),
-            train=OptimizationConfig(**common, schedule="linear", lr=3e-3, max_minutes=args.minutes * SFT_SHARE),
+            train=OptimizationConfig(**common, schedule="linear", lr=3e-3, max_minutes=minutes["sft"]),
+        ),
+        "reasoning": SFTConfig(
+            out_dir=str(out / "reasoning"),
+            model_dir=str(out / "sft"),
+            tokenizer=tokenizer,
+            resume=True,
+            data=DataConfig(**data),
+            train=OptimizationConfig(**common, schedule="linear", lr=1.5e-3, max_minutes=minutes["reasoning"]),
         ),
     }
+    if args.rlhf == "dpo":
+        stages["dpo"] = aligned(DPOStageConfig())
+    elif args.rlhf == "grpo":
+        stages["grpo"] = aligned(GRPOStageConfig())
+    elif args.rlhf == "ppo":
+        stages["reward"] = aligned(RewardStageConfig())
+        stages["ppo"] = aligned(PPOStageConfig(reward_model_dir=str(out / "reward"), rewards={"exact": 1.0}))
+    return stages
 
 
 def _check_earlier_run(out: Path, args: argparse.Namespace) -> None:
@@ -218,12 +285,12 @@ def _check_earlier_run(out: Path, args: argparse.Namespace) -> None:
     record = out / RECORD_FILE
     wanted = {"recipe": args.recipe, "minutes": args.minutes, "seed": args.seed}
     found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    trained = any((out / name).exists() for name in ("pretrain", "sft"))
+    trained = any((out / name).exists() for name in STAGES)
     if trained and {name: found.get(name) for name in wanted} != wanted:
         if not args.overwrite:
             before = ", ".join(f"{name} {value}" for name, value in found.items()) or "stages that were trained one by one"
             raise UsageError(f"{out} already holds {before}: name another folder with --out, or replace it with --overwrite")
-        for name in ("pretrain", "sft"):
+        for name in (*STAGES, OWN_DATA):
             shutil.rmtree(out / name, ignore_errors=True)
         found = {}
     atomic_write_text(record, json.dumps({**wanted, **{k: v for k, v in found.items() if k == "corpus"}}) + "\n")
@@ -235,7 +302,7 @@ def prepare_corpus(args: argparse.Namespace) -> Path:
     record = Path(args.out) / RECORD_FILE
     found = json.loads(record.read_text(encoding="utf-8"))
     recipe = found.get("corpus", args.recipe)  # a run that began with the sample goes on with it
-    print(f"\n[0/4] data: recipe {recipe}")
+    print(f"\n[0/{len(minutes_of(args)) + 2}] data: recipe {recipe}")
     try:
         prepare(recipe, folder / recipe, seed=args.seed)
         return folder / recipe
@@ -246,7 +313,7 @@ def prepare_corpus(args: argparse.Namespace) -> Path:
     return folder / "sample"
 
 
-def set_sources(stages: dict[str, StageConfig], data: Path) -> None:
+def set_sources(stages: dict[str, StageConfig], data: Path, out: Path) -> None:
     """Which files each stage reads, and how often.
 
     The tokenizer learns from real text where there is any: the generated rows repeat themselves so much that whole phrases would
@@ -260,80 +327,66 @@ def set_sources(stages: dict[str, StageConfig], data: Path) -> None:
         stage.data.pretrain_file = [{"path": f, "weight": REAL_WEIGHT} for f in pretrain_real] + [curriculum["pretrain"]]
         stage.data.sft_file = [{"path": f, "weight": REAL_WEIGHT} for f in sft_real] + [curriculum["sft"]]
     stages["tokenizer"].data.pretrain_file = pretrain_real or curriculum["pretrain"]
+    chats = [{"path": f, "weight": REAL_WEIGHT * CHAT_WEIGHT} for f in sft_real] + [{"path": curriculum["sft"], "weight": CHAT_WEIGHT}]
+    tasks, held_out = (str(out / TASK_FOLDER / f"{name}.jsonl") for name in ("train", "valid"))
+    stages["reasoning"].data.sft_file = [*chats, tasks]
+    for name in {"dpo", "reward"} & stages.keys():
+        stages[name].data.preference_file = str(out / PAIRS)
+    for name in {"ppo", "grpo"} & stages.keys():
+        stages[name].data.prompt_file, stages[name].data.val_file = tasks, held_out
 
 
-def run_stage(settings: StageConfig, run: Any) -> int:
+def remove_changed(stages: dict[str, StageConfig], out: Path, overwrite: bool) -> None:
+    """Raises UsageError for a finished stage of other settings or data; with `overwrite` it is removed, and all that came after it."""
+    for name in STAGES:
+        if name not in stages or not _finished(out / name) or _same_settings(stages[name]):
+            continue
+        if not overwrite:
+            raise UsageError(
+                f"{out / name} was trained with other settings or data; replace it with --overwrite, or name another folder with --out"
+            )
+        after = [stage for stage in list(STAGES)[list(STAGES).index(name) :] if name in SHARES or stage in stages]
+        for folder in [*after, *([OWN_DATA] if name in SHARES else [])]:
+            shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "report.md").is_file() and (folder / "run.yaml").is_file()
+
+
+def _same_settings(settings: StageConfig) -> bool:
+    found = yaml.safe_load((Path(settings.out_dir) / "run.yaml").read_text(encoding="utf-8"))
+    return {**found, "train": None} == {**yaml.safe_load(to_yaml(settings)), "train": None}
+
+
+def run_stage(settings: StageConfig) -> int:
     """Run a stage unless it is finished; a stopped one goes on. Returns its exit status."""
     out = Path(settings.out_dir)
-    if (out / "report.md").is_file() and (out / "run.yaml").is_file():
-        found = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
-        wanted = yaml.safe_load(to_yaml(settings))
-        if {**found, "train": None} == {**wanted, "train": None}:
-            print(f"{out}: finished earlier, reused")
-            return 0
-        raise UsageError(f"{out} was trained with other settings or data; replace it with --overwrite, or name another folder with --out")
+    if _finished(out):
+        print(f"{out}: finished earlier, reused")
+        return 0
     if newest_checkpoint(out) is not None:
         print(f"{out}: interrupted earlier, going on")
-    return run(settings)
+    return STAGES[out.name](settings)  # type: ignore[operator]
 
 
-def evaluate(out: Path, data: Path, args: argparse.Namespace) -> str:
-    """Bits per byte before and after fine-tuning, pass rates on held-out prompts, and sample answers; also written to report.md."""
-    rows = []
-    for stage in ("pretrain", "sft"):
-        model, tokenizer = load(str(out / stage), args.device)
-        for file in sorted((data / "valid").glob("*.jsonl")):
-            measured = file_bits_per_byte(model, tokenizer, file, context=256, limit_bytes=VALIDATION_KB * 1000)
-            rows.append((stage, file.stem, measured.bpb))
-    answers = answer_probes(model, tokenizer, args.per_kind)
-    result = score(answers)
-    overall = result["overall"]
-    lines = ["held-out text, bits per byte"]
-    for name in dict.fromkeys(file for _, file, _ in rows):
-        lines.append(f"  {name:<16}" + "  ".join(f"{stage} {bpb:.3f}" for stage, file, bpb in rows if file == name))
-    lines += [
-        "",
-        probe_table(result),
-        "",
-        f"all in all  {overall['passed']} of {overall['total']} held-out prompts passed",
-        "",
-        *_honest_words(result),
-        "",
-        "sample answers",
-    ]
-    lines += [f"  > {question}\n    {answer}" for question, answer in sample_answers(out / "sft", args)]
-    text = "\n".join(lines)
-    atomic_write_text(out / "report.md", f"# train_smart: {args.recipe}, {args.minutes:g} minutes\n\n```text\n{text}\n```\n")
-    atomic_write_text(out / "report.json", json.dumps({"bits_per_byte": rows, "probes": result}, ensure_ascii=False) + "\n")
-    return text
-
-
-def _honest_words(result: dict[str, Any]) -> list[str]:
-    """What the numbers say in plain words."""
-    good = [name for name, cell in result["cells"].items() if cell["rate"] >= 0.8]
-    weak = [name for name, cell in result["cells"].items() if cell["rate"] < 0.5]
-    between = [name for name in result["cells"] if name not in good + weak]
-    words = ["It can: " + (", ".join(good) or "nothing of this reliably") + " (4 of 5 held-out prompts or more)."]
-    if between:
-        words.append("It can sometimes: " + ", ".join(between) + ".")
-    if weak:
-        words.append("It cannot yet: " + ", ".join(weak) + " (under half).")
-    words.append("It knows only what it was taught; outside that small world it makes things up. A longer --minutes helps.")
-    return words
-
-
-def sample_answers(folder: Path, args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(question, answer) of a fresh conversation each."""
-    from inference import ChatSession
-
-    chat = ChatSession.from_pretrained(str(folder), device=device_name(args.device), temperature=0.0)
-    answers = []
-    for question in SAMPLE_QUESTIONS:
-        chat.reset()
-        answer = chat.chat(question)
-        reasoning = f"({chat.last.reasoning.strip()}) " if chat.last is not None and chat.last.reasoning else ""
-        answers.append((question, reasoning + answer))
-    return answers
+def make_pairs(args: argparse.Namespace, out: Path, data: Path, minutes: float) -> bool:
+    """Pairs of right and wrong answers in `out`, made unless they are there; whether there are enough."""
+    pairs, questions = out / PAIRS, out / QUESTIONS
+    if pairs.is_file():
+        print(f"{pairs}: made earlier, reused")
+    else:
+        count = max(200, round(QUESTIONS_A_MINUTE * minutes))
+        smart_data.write_questions(questions, count, data / "sft" / "curriculum.jsonl", out / TASK_FOLDER / "train.jsonl", args.seed)
+        words = ["--prompts", str(questions), "--by", "reference", "--samples", "1", "--minutes", f"{minutes:.3f}", "--overwrite"]
+        machine = ["--device", args.device, "--seed", str(args.seed)]
+        try:
+            make_preferences.main([str(out / "reasoning"), str(pairs), *words, *machine])
+        except make_preferences.NoPairs as error:
+            print(error)
+            return False
+    with open(pairs, encoding="utf-8") as file:
+        return sum(1 for _ in file) >= FEWEST_PAIRS
 
 
 if __name__ == "__main__":

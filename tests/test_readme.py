@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import train_rlhf
+from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 from train import config as settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ GUIDES = (
     "docs/tokenizer",
     "docs/alignment",
 )
+ALONE = ("docs/alignment",)  # begins with a chat model of the reader's own: run by itself, from a small one
 PAGES = [f"{guide}{language}.md" for guide in GUIDES for language in ("", ".zh")]
 STAGES: dict[str, type[settings.StageConfig]] = {
     "train.train_tokenizer": settings.TokenizerStageConfig,
@@ -199,14 +201,12 @@ def test_notebooks_hold_no_output(path: Path) -> None:
 # ---------------------------------------------------------------- for real
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copy_checkout(place: Path) -> Path:
     """A copy of the files that version control knows or would take, with small data of one's own beside them."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs the repository and git")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    place = tmp_path_factory.mktemp("checkout")
     for name in filter(None, listed.stdout.decode("utf-8").split("\0")):
         if (ROOT / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +219,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copyfile(place / "training_data" / "sft" / "sample_data.jsonl", place / "chats.jsonl")
     shutil.copyfile(place / "training_data" / "rlhf" / "preference_sample.jsonl", place / "pairs.jsonl")
     return place
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which nothing was trained yet."""
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def run(command: list[str], checkout: Path, folder: str = ".") -> subprocess.CompletedProcess[str]:
@@ -264,25 +270,49 @@ def scaled(line: str) -> str | None:
     return " ".join([line, *FASTER.get(program, [])])
 
 
+def run_guide(guide: str, checkout: Path) -> None:
+    """Its commands in the order of the page, small, and then its Python blocks."""
+    for line in commands(f"{guide}.md"):
+        small = scaled(line)
+        if small is not None:
+            done = run(["bash", "-o", "pipefail", "-c", small], checkout)
+            assert done.returncode == 0, f"{guide}: {small}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            assert "Traceback" not in done.stderr
+    for block in blocks(f"{guide}.md", "python"):
+        if "transformers" in block and importlib.util.find_spec("transformers") is None:
+            continue
+        done = run([sys.executable, "-c", block], checkout)
+        assert done.returncode == 0, f"{guide}:\n{block}\n{done.stderr[-4000:]}"
+
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="the guides' commands are written for bash")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="the guides' commands are written for bash")
+@needs_bash
 def test_the_guides_run_from_top_to_bottom(checkout: Path) -> None:
     """Guards: commands that are right one by one and do not work one after the other in a fresh checkout."""
     for guide in GUIDES:
-        for line in commands(f"{guide}.md"):
-            small = scaled(line)
-            if small is not None:
-                done = run(["bash", "-o", "pipefail", "-c", small], checkout)
-                assert done.returncode == 0, f"{guide}: {small}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-                assert "Traceback" not in done.stderr
-        for block in blocks(f"{guide}.md", "python"):
-            if "transformers" in block and importlib.util.find_spec("transformers") is None:
-                continue
-            done = run([sys.executable, "-c", block], checkout)
-            assert done.returncode == 0, f"{guide}:\n{block}\n{done.stderr[-4000:]}"
+        if guide not in ALONE:
+            run_guide(guide, checkout)
     left = "report.md report.json sft/model.safetensors sft/loss.png sft/run.yaml sft/metrics.jsonl sft/README.md"
     for name in left.split():
         assert (checkout / "weight" / name).is_file(), f"the README names weight/{name}"
+
+
+@pytest.mark.slow
+@needs_bash
+def test_the_alignment_guide_runs_by_itself(tmp_path: Path) -> None:
+    """Guards: commands of the alignment guide that need more than a chat model in weight/sft and the reader's own files."""
+    checkout = copy_checkout(tmp_path)
+    rows = map(json.loads, (checkout / "chats.jsonl").read_text(encoding="utf-8").splitlines())
+    tokenizer = BPETokenizer.train((turn["content"] for row in rows for turn in row["conversations"]), 500, progress=False)
+    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "intermediate_size": 64, "max_position_embeddings": 1024}
+    SmartHaoAI(HaoAIConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(checkout / "weight" / "sft", tokenizer)
+    for guide in ALONE:
+        run_guide(guide, checkout)
+    for name in "lora_mine reward_mine rlhf/ppo dpo_mine kto_mine reasoning reasoning_report grpo_mine distill_mine".split():
+        assert (checkout / "weight" / name).is_dir()
 
 
 @pytest.mark.slow

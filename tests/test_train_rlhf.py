@@ -17,10 +17,10 @@ from train_rlhf import for_stages, rlhf
 
 def test_words_reach_the_stages_that_know_them() -> None:
     """Guards against a setting that is lost, or reaches the wrong one of two stages with equal names."""
-    words = "model_dir=a data.max_length=64 rollout.prompts=3 ppo.clip=0.3 reward.centre_coef=0 rewards.format=1 lora.r=4 out_dir=x".split()
+    words = "model_dir=a data.max_length=99 rollout.prompts=3 ppo.clip=0.3 reward.centre_coef=0 rewards.format=1 lora.r=4 out_dir=x".split()
     settings = parse_command_line(RLHFConfig, for_stages([*words, "ppo.train.lr=1e-5", "reward.train.lr=1e-3", "--resume"]))
     reward, ppo = settings.reward, settings.ppo
-    assert reward.model_dir == ppo.model_dir == "a" and reward.data.max_length == ppo.data.max_length == 64
+    assert reward.model_dir == ppo.model_dir == "a" and reward.data.max_length == ppo.data.max_length == 99
     assert (ppo.rollout.prompts, ppo.ppo.clip, reward.reward.centre_coef, ppo.rewards) == (3, 0.3, 0.0, {"format": "1"})
     assert (reward.lora.r, ppo.lora.r, reward.train.lr, ppo.train.lr) == (0, 4, 1e-3, 1e-5)
     assert (Path(reward.out_dir), Path(ppo.out_dir)) == (Path("x/reward"), Path("x/ppo")) and settings.resume

@@ -272,6 +272,7 @@ def cases() -> list[Case]:
         (HAND, "log(1 + exp(-x))", lambda x: r.reward(x["chosen"], x["rejected"], x["margin"], CENTRE).mean()),
         (TRL, "RewardTrainer.compute_loss", lambda x: r.trl_reward(x["chosen"], x["rejected"], x["margin"], CENTRE)),
     )
+    torchrl_k3 = (TORCHRL, "GRPOLoss._kl_to_ref, token by token", lambda x: r.torchrl_kl(x["logs"], x["ref"]))
     for kind in ("k1", "k2", "k3"):
         add(
             f"kl_estimate {kind}",
@@ -279,6 +280,7 @@ def cases() -> list[Case]:
             "logs",
             _kl(losses.kl_estimate, kind),
             (HAND, "ratio and its logarithm", _kl(r.kl, kind)),
+            *([torchrl_k3] if kind == "k3" else []),
         )
     add(
         "gae",
@@ -286,7 +288,11 @@ def cases() -> list[Case]:
         "rewards values",
         _gae,
         (HAND, "the defining sum", lambda x: r.gae(x["rewards"], x["values"], x["mask"], DISCOUNT, LAMBDA)),
-        (TORCHRL, "generalized_advantage_estimate", lambda x: r.torchrl_gae(x["rewards"], x["values"], x["mask"], DISCOUNT, LAMBDA)),
+        (
+            TORCHRL,
+            "generalized_advantage_estimate, discounts in fp32",
+            lambda x: r.torchrl_gae(x["rewards"], x["values"], x["mask"], DISCOUNT, LAMBDA),
+        ),
     )
     for shift in (True, False):
         add(
@@ -302,6 +308,7 @@ def cases() -> list[Case]:
         "logs",
         lambda x: losses.ppo_policy_loss(x["logs"], x["old"], x["advantages"][:, None], CLIP),
         (HAND, "case by case", lambda x: r.clipped(x["logs"], x["old"], x["advantages"][:, None].expand_as(x["logs"]), CLIP, CLIP)),
+        (TORCHRL, "GRPOLoss, PPO's objective", lambda x: r.torchrl_policy(x["logs"], x["old"], x["advantages"][:, None], CLIP)),
     )
     add(
         "ppo_value_loss",
@@ -309,6 +316,7 @@ def cases() -> list[Case]:
         "values",
         lambda x: losses.ppo_value_loss(x["values"], x["old_values"], x["returns"], CLIP),
         (HAND, "larger of two squares", lambda x: r.value(x["values"], x["old_values"], x["returns"], CLIP)),
+        (TORCHRL, "ClipPPOLoss, l2 with clipped values", lambda x: r.torchrl_value(x["values"], x["old_values"], x["returns"], CLIP)),
     )
     for scale in (True, False):
         add(

@@ -5,7 +5,7 @@
 One row per function and reference: the largest difference of a value over the largest value, and of a gradient over the largest entry
 of that gradient, over all trials. Ours runs in fp32, as in training, the reference in float64 on the same numbers. The exit status is 1
 when a row exceeds the limit or a reference cannot be called. References of packages that are not installed are left out, and named.
-Seeds are fresh unless given, and printed. trl comes with the extra `parity`; torchrl is installed by hand.
+Seeds are fresh unless given, and printed. Both packages come with the extra `parity`.
 """
 
 from __future__ import annotations

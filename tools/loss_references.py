@@ -1,12 +1,13 @@
 """What `tools.loss_parity` compares the losses with: plain float64 maths, and the code of trl and torchrl itself.
 
-trl keeps its maths inside trainers. They are called here without one: the method as a plain function, on a stand-in that has the
-attributes it reads. A version of trl that reads others makes the row fail with an AttributeError. The packages are imported inside
-the functions: they are optional. Shapes as in train/losses.py; the plain functions return means where trl does.
+Both keep most of their maths inside trainers and losses. They are called here without one: the method as a plain function, on a
+stand-in that has the attributes it reads. A version that reads others makes the row fail with an AttributeError. The packages are
+imported inside the functions: they are optional. Shapes as in train/losses.py; the plain functions return means where trl does.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -87,12 +88,12 @@ def clipped(logs: Tensor, old: Tensor, advantages: Tensor, low: float, high: flo
     """PPO's surrogate, case by case."""
     ratio = logs.exp() / old.exp()
     held = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
-    bound = torch.where(advantages > 0, 1 + high, 1 - low)
+    bound = torch.full_like(ratio, 1 - low).masked_fill(advantages > 0, 1 + high)  # in float64, as plain numbers are not
     return -advantages * torch.where(held, bound, ratio)
 
 
 def value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    near = old + torch.minimum(torch.maximum(values - old, torch.tensor(-clip)), torch.tensor(clip))
+    near = torch.minimum(torch.maximum(values, old - clip), old + clip)
     both = torch.stack(((values - returns) ** 2, (near - returns) ** 2))
     return both.amax(dim=0) / 2
 
@@ -102,7 +103,7 @@ def grpo(kind: str, logs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor,
     A = advantages[:, None].expand_as(logs)
     ratio = logs.exp() / old.exp()
     if kind == "cispo":
-        tokens = -torch.minimum(ratio, torch.tensor(1 + high)).detach() * A * logs
+        tokens = -torch.minimum(ratio, torch.full_like(ratio, 1 + high)).detach() * A * logs
     elif kind == "sapo":
         sharp = torch.where(A > 0, torch.tensor(1.0, dtype=A.dtype), torch.tensor(1.05, dtype=A.dtype))
         tokens = -A * 4 / sharp / (1 + torch.exp(sharp * (1 - ratio)))
@@ -295,3 +296,27 @@ def torchrl_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam
         for which, part in enumerate(estimated):
             result[which, row, :length] = part[:, 0]
     return result
+
+
+def torchrl_kl(logs: Tensor, ref: Tensor) -> Tensor:
+    """torchrl's penalty for the distance to the reference, a mean over tokens: here over one token each."""
+    from torchrl.objectives.llm.grpo import GRPOLoss
+
+    stand_in: Any = SimpleNamespace(kl_to_ref_coeff=1.0)
+    tokens = zip(logs.view(-1, 1), ref.view(-1, 1), strict=True)
+    return torch.stack([GRPOLoss._kl_to_ref(stand_in, {"_cur_log_prob": log}, ref_log_prob=base)[1] for log, base in tokens]).view_as(logs)
+
+
+def torchrl_policy(logs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """torchrl's clipped surrogate, which is PPO's."""
+    from torchrl.objectives.llm.grpo import GRPOLoss
+
+    stand_in: Any = SimpleNamespace(_clip_bounds=(math.log1p(-clip), math.log1p(clip)))
+    return GRPOLoss._compute_policy_objective(stand_in, logs - old, advantages)[0]
+
+
+def torchrl_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """torchrl's clipped value loss; it is not halved there."""
+    from torchrl.objectives.utils import _clip_value_loss, distance_loss
+
+    return _clip_value_loss(old, values, values.new_tensor(clip), returns, distance_loss(returns, values, "l2"), "l2")[0] / 2

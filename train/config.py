@@ -95,6 +95,8 @@ class DPOConfig:
     """How firmly the model is held to its start (simpo: scale of the rewards); 0: the loss's usual value."""
     label_smoothing: float = 0.0
     """dpo, simpo: share of the pairs that are taken to be the wrong way round."""
+    nll_coef: float = 0.0
+    """dpo, ipo, simpo: weight of the chosen answers' cross-entropy per token, which keeps them from becoming less likely."""
     gamma: float = 1.0
     """simpo: by how much the chosen reward has to be larger."""
     wanted_weight: float = 1.0
@@ -121,7 +123,7 @@ class DPOStageConfig(StageConfig):
     def check(self) -> None:
         super().check()
         require(self.dpo.loss in DPO_BETAS, "dpo.loss", self.dpo.loss, " | ".join(DPO_BETAS))
-        for name in ("beta", "wanted_weight", "unwanted_weight"):
+        for name in ("beta", "nll_coef", "wanted_weight", "unwanted_weight"):
             require(getattr(self.dpo, name) >= 0, f"dpo.{name}", getattr(self.dpo, name), "0 or more")
         require(0 <= self.dpo.label_smoothing < 0.5, "dpo.label_smoothing", self.dpo.label_smoothing, "in [0, 0.5)")
 
@@ -182,10 +184,13 @@ class RolloutConfig:
     eval_prompts: int = 64
     """Held-out questions per evaluation, answered greedily."""
 
-    def check(self) -> None:
+    def check(self, max_length: int) -> None:
+        """max_length: tokens of a question and its answer together."""
         for name in ("prompts", "samples", "max_new_tokens", "batch_size"):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1")
         require(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
+        room = f"below data.max_length={max_length}, which has to hold the question, too"
+        require(self.max_new_tokens < max_length, "rollout.max_new_tokens", self.max_new_tokens, room)
 
 
 @dataclass
@@ -266,7 +271,7 @@ class PPOStageConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
-        self.rollout.check()
+        self.rollout.check(self.data.max_length)
         require(self.ppo.epochs >= 1, "ppo.epochs", self.ppo.epochs, "at least 1")
         require(self.ppo.clip > 0, "ppo.clip", self.ppo.clip, "above 0")
         require(self.ppo.kl in ("k1", "k2", "k3"), "ppo.kl", self.ppo.kl, "k1 | k2 | k3")
@@ -300,7 +305,7 @@ class GRPOStageConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
-        self.rollout.check()
+        self.rollout.check(self.data.max_length)
         require(self.rollout.samples >= 2, "rollout.samples", self.rollout.samples, "at least 2: answers are compared with each other")
         require(self.grpo.loss in GRPO_LOSSES, "grpo.loss", self.grpo.loss, " | ".join(GRPO_LOSSES))
         require(self.grpo.epochs >= 1, "grpo.epochs", self.grpo.epochs, "at least 1")
@@ -330,6 +335,8 @@ class RLHFConfig:
     def check(self) -> None:
         self.reward.check()
         self.ppo.check()
+        chosen = self.ppo.reward_model_dir
+        require(chosen is None, "reward_model_dir", chosen, "left out: it is trained here; train.train_ppo takes a finished one")
 
 
 # ---------------------------------------------------------------- distillation (train_distill)

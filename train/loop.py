@@ -353,6 +353,7 @@ class _Fit:
             shown += f" ({evaluated['val_bpb']:.3f} bits/byte)" if "val_bpb" in evaluated else ""
             shown += f" (accuracy {evaluated['val_accuracy']:.3f})" if "val_accuracy" in evaluated else ""
             plot_loss(self.metrics.rows, self.out_dir / "loss.png", self.out_dir.name)
+        shown += "".join(f"  held-out {name} {evaluated[f'val_{name}']:.3f}" for name in ("reward", "exact") if f"val_{name}" in evaluated)
         if not self.bar.disable:
             self.bar.set_postfix_str(shown)
         elif evaluated or self.state.step % (self.train.log_every * 5) == 0 or self.state.step == self.state.total_steps:

@@ -33,41 +33,50 @@ def save_figure(figure: Any, file: Path) -> None:
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
-    """Draw training and held-out loss and the learning rate over tokens, and below accuracy and margin of pairs, where there are such;
+    """Draw training and held-out loss and the learning rate over tokens, and below accuracy and rewards of pairs, where there are such;
     False when matplotlib is missing."""
     plt = pyplot()
     if plt is None:
         return False
     judged = any(row.get("accuracy") is not None for row in rows)
-    figure, axes = plt.subplots(2 if judged else 1, figsize=(8, 7.5 if judged else 4.5), dpi=120, sharex=True, squeeze=False)
+    figure, axes = plt.subplots(3 if judged else 1, figsize=(8, 10.5 if judged else 4.7), dpi=120, sharex=True, squeeze=False)
 
     def draw(axis: Any, name: str, label: str, **style: Any) -> None:
         points = [(row["tokens"] / 1e6, row[name]) for row in rows if row.get(name) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
 
-    held = {"marker": "o", "markersize": 3, "linewidth": 1.5}
+    training: dict[str, Any] = {"linewidth": 1.2}
+    held: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.5}
     axis = axes[0, 0]
-    draw(axis, "loss", "training loss", color="tab:blue", linewidth=1.2)
+    draw(axis, "loss", "training loss", color="tab:blue", **training)
     draw(axis, "val_loss", "held-out loss", color="tab:orange", **held)
-    axis.set(ylabel="loss of a pair" if judged else "cross-entropy (nats per token)", title=title)
+    rolled = any(row.get("ratio") is not None for row in rows)
+    axis.set_ylabel("mean loss of the pairs or answers" if judged else "policy loss" if rolled else "cross-entropy (nats per token)")
     right = axis.twinx()
     draw(right, "lr", "learning rate", color="tab:green", linewidth=0.8, alpha=0.5)
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)
-    _finish_axes(axis, right, "upper right")
+    _finish_axes(axis, right)
     if judged:
         axis = axes[1, 0]
-        draw(axis, "accuracy", "accuracy in training", color="tab:blue", linewidth=1.2)
+        draw(axis, "accuracy", "accuracy in training", color="tab:blue", **training)
         draw(axis, "val_accuracy", "held-out accuracy", color="tab:orange", **held)
         axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(ylabel="share of pairs ranked right", ylim=(0, 1.02))
+        axis.set(ylabel="share ranked right", ylim=(0, 1.02))
         right = axis.twinx()
         draw(right, "margin", "reward margin in training", color="tab:purple", linewidth=0.8, alpha=0.6)
-        draw(right, "val_margin", "held-out reward margin", color="tab:red", linestyle="--", linewidth=1.2)
+        draw(right, "val_margin", "held-out reward margin", color="tab:purple", linestyle="--", **held)
         right.set_ylabel("chosen reward - rejected reward")
-        _finish_axes(axis, right, "lower right")
+        _finish_axes(axis, right)
+        axis = axes[2, 0]
+        for side, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
+            draw(axis, f"{side}_reward", f"{side} reward in training", color=color, alpha=0.6, **training)
+            draw(axis, f"val_{side}_reward", f"held-out {side} reward", color=color, **held)
+        axis.set_ylabel("mean reward of the answers")
+        _finish_axes(axis)
     axis.set_xlabel("tokens seen (millions)")
+    figure.suptitle(title)
     figure.tight_layout()
     save_figure(figure, path)
     return True
@@ -104,10 +113,13 @@ def plot_panels(rows: list[dict[str, Any]], path: Path, panels: dict[str, tuple[
     return True
 
 
-def _finish_axes(left: Any, right: Any, place: str) -> None:
-    """Grid, and one legend for what is drawn on both sides."""
-    left.grid(alpha=0.3)
-    lines = [line for line in (*left.get_lines(), *right.get_lines()) if not str(line.get_label()).startswith("_")]
-    if not right.get_lines():
+def _finish_axes(axis: Any, right: Any = None) -> None:
+    """Grid, and above the axes, where it hides nothing, one legend for what is drawn on both sides."""
+    axis.grid(alpha=0.3)
+    drawn = [*axis.get_lines(), *(right.get_lines() if right is not None else [])]
+    lines = [line for line in drawn if not str(line.get_label()).startswith("_")]
+    if right is not None and not right.get_lines():
         right.set_visible(False)
-    left.legend(lines, [str(line.get_label()) for line in lines], loc=place)
+    if lines:
+        names = [str(line.get_label()) for line in lines]
+        axis.legend(lines, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, fontsize=8, frameon=False)

@@ -54,9 +54,7 @@ def run_policy_stage(
     make_source takes what RolloutSource takes; make_loss gets that source. panels: title -> names in metrics.jsonl, for the plot.
     """
     tokenizer, config = begin(settings, log)
-    rollout, row_length = settings.rollout, min(settings.data.max_length, config.max_position_embeddings)
-    if rollout.max_new_tokens >= row_length:
-        raise UsageError(f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a question in data.max_length={row_length}")
+    rollout, row_length = settings.rollout, settings.data.max_length
     judge = make_judge(settings, tokenizer)
     train, held_out = stage_prompts(settings, tokenizer, row_length - rollout.max_new_tokens, judge, log)
     source = make_source(
@@ -109,12 +107,16 @@ def run_policy_stage(
         lambda model, tokenizer: [(p.question, spoken(c)) for p, c in greedy(model, tokenizer, shown, rollout.max_new_tokens)],
         data=str(settings.data.prompt_file),
         prepare=prepare,
-        facts=lambda: {"rewards": judge.describe(), **{f"rollout {k}": f"{v:.3f}" for k, v in source.diagnostics.items()}},
+        facts=lambda: {
+            "rewards": judge.describe(),
+            **before_and_after(read_jsonl(Path(settings.out_dir) / METRICS_FILE)),
+            **{f"last rollout, {k}": f"{v:.3f}" for k, v in source.diagnostics.items()},
+        },
         log=log,
     )
     out = Path(settings.out_dir)
     name = stage_name(type(settings))
-    plot_panels(read_jsonl(out / METRICS_FILE), out / f"{name}.png", panels, f"{out.name}: {name}")
+    plot_panels(read_jsonl(out / METRICS_FILE), out / f"{name}.png", panels, out.name if out.name == name else f"{out.name}: {name}")
     return status
 
 
@@ -157,6 +159,10 @@ def make_judge(settings: PolicyConfig, tokenizer: BPETokenizer) -> Judge:
     if folder is not None:
         check_same_vocabulary(tokenizer, BPETokenizer.from_pretrained(find_model(folder)), folder)
         reward_model = RewardModel.from_pretrained(folder).requires_grad_(False)
+        if not settings.dry_run and not reward_model.score_head.weight.any():  # a plan may stand on what will be trained
+            raise UsageError(
+                f"{folder} is no trained reward model, all answers would get 0: `python -m train.train_reward model_dir={folder}` makes one"
+            )
     missing_end = settings.ppo.missing_end if isinstance(settings, PPOStageConfig) else 0.0
     return Judge(weights, settings.rollout.max_new_tokens, reward_model, missing_end, tokenizer.pad_token_id)
 
@@ -243,6 +249,17 @@ def held_out_rewards(model: SmartHaoAI, tokenizer: BPETokenizer, prompts: Sequen
     """Mean rewards of greedy answers, as val_reward, val_exact and so on."""
     parts = judge(greedy(model, tokenizer, prompts, judge.limit))
     return {f"val_{name}": sum(part[name] for part in parts) / len(parts) for name in [REWARD, *(n for n in parts[0] if n != REWARD)]}
+
+
+def before_and_after(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The report's lines about held-out questions: what each rule and their sum gave in the first and the last evaluation."""
+    found = [row for row in rows if row.get(f"val_{REWARD}") is not None]
+    names = [name for name in found[0] if name.startswith("val_")] if found else []
+    return {
+        f"held-out {name.removeprefix('val_')}": f"{found[-1][name]:.3f} (step {found[0]['step']}: {found[0][name]:.3f})"
+        for name in names
+        if found[0][name] is not None and found[-1].get(name) is not None
+    }
 
 
 def logged_metrics(extra: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,10 +35,12 @@ def reference_log_probs(
     file = source.store.folder / f"reference-{_key(model, source, precision, training)}.safetensors"
     if file.is_file():
         return safetensors.torch.load_file(file)["log_probs"]
+    pairs = int((source.cuts >= 0).sum())
+    log(f"computing reference log-probabilities of {pairs:,} {'answers' if source.judged else 'pairs'}, once, before the first step ...")
     values = torch.full((len(source.documents.split),), float("nan"))
     model.train(training)
     with torch.no_grad(), without_dropout(model), precision.autocast():
-        bar = tqdm(total=int((source.cuts >= 0).sum()), unit="pair", desc="reference", leave=False, disable=None)
+        bar = tqdm(total=pairs, unit="pair", desc="reference", leave=False, disable=None)
         for batch in source.every_pair():
             documents = batch.extra["documents"]
             values[documents] = completion_log_probs(model, batch.to(precision.device).inputs).sums().cpu()

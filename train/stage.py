@@ -21,7 +21,7 @@ from model.lora import Adapter, inject_lora
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from train.checkpoints import FOLDER, newest_checkpoint
-from train.config import StageConfig, TokenizerConfig, TokenizerStageConfig, UsageError, stage_name
+from train.config import StageConfig, TokenizerConfig, TokenizerStageConfig, UsageError, read_yaml, stage_name
 from train.data import BatchSource, evaluation_batches, make_source
 from train.loop import BUDGET_RESERVE, Evaluate, FitResult, Prepare, fit
 from train.losses import lm_loss
@@ -42,11 +42,18 @@ Sampler = Callable[[SmartHaoAI, BPETokenizer], list[tuple[str, str]]]
 def begin(settings: StageConfig, log: Log = print) -> tuple[BPETokenizer, HaoAIConfig]:
     """The beginning of every stage: where it starts from, an out_dir that may be written to, tokenizer and shape of the model."""
     if settings.model_dir == NEWEST:
-        settings.model_dir = newest_chat_model()
+        settings.model_dir = newest_model(settings)
         log(f"starting from {settings.model_dir}")
     open_out_dir(settings)
     tokenizer = load_tokenizer(settings, log)
     return tokenizer, model_config(settings, tokenizer)
+
+
+def newest_model(settings: StageConfig, field: str = "model_dir") -> str:
+    """What `newest` stands for in a field of these settings: the newest chat model, on --resume the one that the run began with."""
+    run = Path(settings.out_dir) / RUN_FILE
+    begun = read_yaml(run).get(field) if settings.resume and run.is_file() else None
+    return str(begun or newest_chat_model())
 
 
 def newest_chat_model() -> str:
@@ -120,7 +127,11 @@ def model_config(settings: StageConfig, tokenizer: BPETokenizer) -> HaoAIConfig:
         except ValueError as error:
             raise UsageError(f"model settings: {error}") from error
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+        raise ValueError(
+            f"the tokenizer of {settings.tokenizer_dir or settings.model_dir} has {tokenizer.vocab_size} tokens, the model "
+            f"{settings.model_dir} only {config.vocab_size}: they do not belong together"
+            + ("; leave tokenizer_dir out to use the model's own" if settings.tokenizer_dir else "")
+        )
     if settings.data.max_length > config.max_position_embeddings:
         raise UsageError(f"data.max_length={settings.data.max_length} exceeds the checkpoint's context of {config.max_position_embeddings}")
     return config
@@ -258,7 +269,13 @@ def run_stage(
     model.eval()
     samples = [] if sample is None else sample(model, tokenizer)
     finish(settings, model, tokenizer, result, samples, data, {} if facts is None else facts())
-    texts = {"val_loss": "held-out loss {:.3f}", "val_bpb": "{:.3f} bits per byte", "val_accuracy": "held-out accuracy {:.3f}"}
+    texts = {
+        "val_loss": "held-out loss {:.3f}",
+        "val_bpb": "{:.3f} bits per byte",
+        "val_accuracy": "held-out accuracy {:.3f}",
+        "val_reward": "held-out reward {:.3f}",
+        "val_exact": "held-out exact {:.3f}",
+    }
     known = [text.format(result.last[name]) for name, text in texts.items() if name in result.last]
     done = f"{result.step:,} steps, {result.tokens:,} tokens in {format_minutes(result.seconds)}"
     log(f"{settings.out_dir}: " + ", ".join([done, *known]))
@@ -316,7 +333,7 @@ def finish(
     data: str,
     more: dict[str, Any],
 ) -> None:
-    """Write the finished checkpoint with its report and model card."""
+    """Write the finished checkpoint with its report and model card; the report last: by it a finished run is known."""
     out = Path(settings.out_dir)
     facts = {
         "started from": settings.model_dir or "random weights",
@@ -335,9 +352,9 @@ def finish(
         "peak memory, MiB": _rounded(result.last.get("peak_memory_mb"), 0),
         **more,
     }
-    write_report(out, f"{stage_name(type(settings))} run", facts, samples, result.seconds)
-    atomic_write_text(out / "README.md", _model_card(settings, facts, type(model).__name__))
     model.save_pretrained(out, tokenizer)
+    atomic_write_text(out / "README.md", _model_card(settings, facts, type(model).__name__))
+    write_report(out, f"{stage_name(type(settings))} run", facts, samples, result.seconds)
 
 
 def _model_card(settings: StageConfig, facts: dict[str, Any], loader: str) -> str:

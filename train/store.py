@@ -34,6 +34,7 @@ PIECE_CHARACTERS = 1_000_000
 SPLITS = ("train", "val")
 PAIRED = {"mask": "uint8", "lines": "int64", "values": "float32"}
 PARTS: dict[str, dict[str, str]] = {"pretrain": {}, "sft": {"mask": "uint8"}, "preference": PAIRED, "judged": PAIRED}
+UNITS = {"preference": ("pairs", 2), "judged": ("answers", 2)}  # what people count, and how many documents one of it is
 WANTED = {"pretrain": "text", "sft": "conversation", "preference": "{prompt, chosen, rejected}", "judged": "judged"}
 
 
@@ -89,8 +90,9 @@ class TokenStore:
 
     def summary(self) -> str:
         """What it holds, in words."""
-        held = f", {self.val.token_count:,} held out" if len(self.val) else ", none held out (too few documents)"
-        return f"{self.train.token_count:,} tokens in {len(self.train):,} documents{held}"
+        unit, size = UNITS.get(self.kind, ("documents", 1))
+        held = f", {self.val.token_count:,} in {len(self.val) // size:,} held out" if len(self.val) else f", none held out (too few {unit})"
+        return f"{self.train.token_count:,} tokens in {len(self.train) // size:,} {unit}{held}"
 
     def where(self, split: str, document: int) -> str:
         """file:line of a document of a kind that keeps lines."""
@@ -168,9 +170,10 @@ def _build(
             raise ValueError(f"no usable {WANTED[kind]} row in {names}{example}; `python -m tools.check_data` shows what each file holds")
         meta = {"kind": kind, "dtype": dtype, "bad": bad.total, "sources": sources}
         (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+    unit, size = UNITS.get(kind, ("documents", 1))
     log(
-        f"tokenised {counts['train'][0] + counts['val'][0]:,} documents, {counts['train'][1] + counts['val'][1]:,} tokens "
-        f"({counts['val'][0]:,} documents held out), {bad.total:,} rows skipped"
+        f"tokenised {(counts['train'][0] + counts['val'][0]) // size:,} {unit}, {counts['train'][1] + counts['val'][1]:,} tokens "
+        f"({counts['val'][0] // size:,} {unit} held out), {bad.total:,} rows skipped"
     )
 
 

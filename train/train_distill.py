@@ -21,7 +21,7 @@ from train.stage import (
     Log,
     begin,
     make_model,
-    newest_chat_model,
+    newest_model,
     next_token_evaluation,
     print_estimate,
     print_plan,
@@ -35,7 +35,7 @@ from train.train_sft import sample_answers
 def distill(settings: DistillStageConfig, log: Log = print) -> int:
     """Train a student (settings.model_dir, or a new model) on settings.teacher_dir's distributions. Returns the exit status."""
     if settings.teacher_dir == NEWEST:
-        settings.teacher_dir = newest_chat_model()
+        settings.teacher_dir = newest_model(settings, "teacher_dir")
     if settings.tokenizer_dir is None and settings.model_dir is None and settings.teacher_dir is not None:
         settings.tokenizer_dir = str(find_model(settings.teacher_dir))
     tokenizer, config = begin(settings, log)

@@ -102,6 +102,9 @@ def preference_terms(model: torch.nn.Module, batch: Batch, dpo: DPOConfig, refer
     else:
         values, ref_values = (sums / lengths, ref / lengths) if dpo.loss in OF_MEANS else (sums, ref)
         terms = _pair_terms(values, ref_values, beta, dpo)
+        if dpo.nll_coef and dpo.loss != "orpo":  # which has it
+            # Iterative reasoning preference optimisation (Pang et al., 2024).
+            terms.append(Term("nll_loss", -dpo.nll_coef * (sums / lengths)[::2].sum(), "pairs"))
     if dpo.loss not in WITHOUT_REFERENCE:
         terms.append(Term("drift", shift.abs().sum(), "tokens", metric=True))
     if found.aux_loss is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tools import loss_cases, loss_parity, loss_references
-from tools.loss_cases import HAND, TRL
+from tools.loss_cases import HAND, TORCHRL, TRL
 from train import losses
 from train.runtime import run_main
 
@@ -54,17 +54,37 @@ def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert "seed 3" in shown[-2] and shown[-1].startswith("not compared with trl and torchrl")
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("package", [TRL, TORCHRL])
+def test_json(package: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: figures that a program cannot read; a package that is installed and left out."""
-    pytest.importorskip("trl")
+    pytest.importorskip(package)
+    other = TORCHRL if package == TRL else TRL
+    without(monkeypatch, other)
     assert call(["--trials", "1", "--seed", "4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["ok"] and result["seed"] == 4 and "trl" in result["versions"] and "trl" not in result["missing"]
-    named = [row for row in result["rows"] if row["reference"].startswith("trl: ")]
-    assert len(named) == len([case for case in loss_cases.cases() if case.source == TRL])
+    assert result["ok"] and result["seed"] == 4 and package in result["versions"] and result["missing"] == [other]
+    named = [row for row in result["rows"] if row["reference"].startswith(f"{package}: ")]
+    assert len(named) == len([case for case in loss_cases.cases() if case.source == package]) >= 4
     for row in result["rows"]:
         assert row["ok"] and 0 <= row["value"] <= result["limit"] and row["trials"] == 1
     assert any(row["value"] > 0 for row in result["rows"])  # fp32 against float64 never agrees to the last bit everywhere
+
+
+IN_FP32 = {("orpo_loss", TRL), ("grpo_loss sapo", TRL), ("gae", TORCHRL)}  # a package that rounds some constant or step
+
+
+@pytest.mark.parametrize("package", [TRL, TORCHRL])
+def test_references_agree_in_float64(package: str, seed: int) -> None:
+    """Guards: a reference by hand that is written from ours, or is float64 in name only, so that 1e-7 hides a wrong constant."""
+    pytest.importorskip(package)
+    every = loss_cases.cases()
+    by_hand = {case.name: case for case in every if case.source == HAND}
+    for case in every:
+        if case.source != package or case.name not in by_hand:
+            continue
+        drawn = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in case.make().items()}
+        limit = 1e-6 if (case.name, package) in IN_FP32 else 1e-13
+        assert loss_parity.difference(by_hand[case.name].theirs(drawn), case.theirs(drawn)) < limit, case.name
 
 
 def test_a_difference_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,12 +35,15 @@ def said(text: str, reasoning: str = "", finished: bool = True) -> Completion:
     return Completion([1, 2], text, reasoning, "stop" if finished else "length")
 
 
-def prompt(number: int, reference: str | None = None) -> Prompt:
-    return Prompt((number,), f"q{number}", reference, [{"role": "user", "content": f"q{number}"}])
+def prompt(number: int, reference: str | None = None, reasoning: str = "") -> Prompt:
+    answer = {"role": "assistant", "content": reference, **({"reasoning_content": reasoning} if reasoning else {})}
+    return Prompt((number,), f"q{number}", reference, [{"role": "user", "content": f"q{number}"}], answer=answer)
 
 
-def pairs_of(answers: list[list[Completion]], references: list[str], **options: Any) -> tuple[list[dict[str, Any]], PairReport, Said]:
-    prompts = [prompt(n, reference) for n, reference in enumerate(references)]
+def pairs_of(
+    answers: list[list[Completion]], references: list[str], reasoning: str = "", **options: Any
+) -> tuple[list[dict[str, Any]], PairReport, Said]:
+    prompts = [prompt(n, reference, reasoning) for n, reference in enumerate(references)]
     engine, report = Said({p.ids: a for p, a in zip(prompts, answers, strict=True)}), PairReport()
     settings = SamplingSettings(n=len(answers[0]))
     rows = make_pairs(engine, prompts, Judge({"exact": 1.0}, 50), settings, at_once=4, report=report, **options)  # type: ignore[arg-type]
@@ -77,6 +80,33 @@ def test_close_scores_are_a_tie() -> None:
     """Guards: a gap that is not applied."""
     rows, report, _ = pairs_of([[said("7"), said("8")]], ["8"], gap=1.0)
     assert rows == [] and report.ties == 1
+
+
+def test_the_datas_own_answer_meets_the_first_wrong_one() -> None:
+    """Guards: right answers rejected because they are worded otherwise, cut-off or empty ones rejected, a question counted twice, the
+    thinking of the data's answer lost, so that pairs teach not to think."""
+    answers = [
+        [said("It is 8."), said("It is 7.", "3 + 5 = 7"), said("9")],
+        [said("4"), said("It is 4."), said("four: 4")],
+        [said("5", finished=False), said(""), said("6", finished=False)],
+        [said("5", finished=False), said("6"), said("")],
+    ]
+    rows, report, _ = pairs_of(answers, ["3 + 5 = 8.", "4", "6", "6"], "so", reference=True)
+    chosen = [{"role": "assistant", "content": "3 + 5 = 8.", "reasoning_content": "so"}]
+    rejected = [{"role": "assistant", "content": "It is 7.", "reasoning_content": "3 + 5 = 7"}]
+    assert rows == [{"prompt": "q0", "chosen": chosen, "rejected": rejected, "chosen_score": 1.0, "rejected_score": 0.0}]
+    assert (report.questions, report.pairs, report.right, report.too_few, report.ties) == (4, 1, 2, 1, 0)
+    assert "2 answered right, 1 with too few usable answers" in report.lines()[0]
+    rows, _, _ = pairs_of([[said("7")]], ["8"], reference=True)
+    assert rows[0]["chosen"] == "8" and rows[0]["rejected"] == "7"
+
+
+def test_asking_stops_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a limit in minutes that is read as seconds, or that takes the pairs made so far with it."""
+    clock = iter([0.0, 59.0, 61.0, 121.0, 200.0])
+    monkeypatch.setattr(make_preferences.time, "monotonic", lambda: next(clock))
+    rows, report, engine = pairs_of([[said("7"), said("6"), said("5"), said("4")]] * 5, ["8"] * 5, reference=True, minutes=2.0)
+    assert len(rows) == report.questions == len(engine.batches) == 2
 
 
 def test_answers_that_training_would_read_otherwise_take_no_part() -> None:
@@ -143,6 +173,22 @@ def test_rows_are_preferences_and_equal_seeds_give_equal_files(
     assert a == b != c
 
 
+def test_pairs_with_the_datas_own_answers_are_preferences(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: thinking in the chosen answer and none in the rejected where the prompt closes it; rows that train_dpo cannot read."""
+    turns = [{"role": "user", "content": "3 + 5"}, {"role": "assistant", "content": "3 + 5 = 8", "reasoning_content": "count"}]
+    asked = [{"messages": turns}, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello to you too!"}]}]
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    for name, more, thought in (("open", [], "count"), ("closed", ["--no-thinking"], "")):
+        out = tmp_path / f"{name}.jsonl"
+        assert main(words(model_dir, questions, out, "--by", "reference", "--samples", "6", *more)) == 0
+        assert "1 without a result that can be checked" in capsys.readouterr().out
+        bad = BadRows()
+        (sample,) = [sample for _, sample in read_samples(out, bad, as_preference)]
+        assert not bad.total and sample.chosen[0]["content"] == "3 + 5 = 8"
+        assert (sample.chosen[0].get("reasoning_content") or "") == thought
+
+
 def test_a_reward_model_ranks(
     model_dir: Path, questions: Path, tmp_path: Path, tiny_tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +227,8 @@ def test_mistakes_are_named(model_dir: Path, questions: Path, tmp_path: Path) ->
         (["--by", "rule"], UsageError, "needs --rule"),
         (["--by", "rule", "--rule", "beauty"], UsageError, "known: exact"),
         (["--by", "reward", "--rule", "exact"], UsageError, "--by rule"),
+        (["--by", "reference", "--rule", "exact"], UsageError, "data's own answers alone"),
+        (["--by", "reference", "--reward-model", str(other)], UsageError, "--by reward for"),
         (["--by", "reward", "--reward-model", str(other)], ValueError, "another vocabulary"),
         (["--by", "rule", "--rule", "format", "--max-new-tokens", "9999"], UsageError, "leaves no room"),
         (["--by", "rule", "--rule", "format"], ValueError, "no pair was made"),
