@@ -95,7 +95,7 @@ class DPOConfig:
     """How firmly the model is held to its start (simpo: scale of the rewards); 0: the loss's usual value."""
     label_smoothing: float = 0.0
     """dpo, simpo: share of the pairs that are taken to be the wrong way round."""
-    nll_coef: float = 0.0
+    nll_coef: float = 1.0
     """dpo, ipo, simpo: weight of the chosen answers' cross-entropy per token, which keeps them from becoming less likely."""
     gamma: float = 1.0
     """simpo: by how much the chosen reward has to be larger."""
@@ -117,7 +117,7 @@ class DPOStageConfig(StageConfig):
     dpo: DPOConfig = field(default_factory=DPOConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
-        default_factory=lambda: aligning(lr=5e-5, schedule="linear", batch_size=8, accumulation_steps=2, eval_tokens=100_000)
+        default_factory=lambda: aligning(lr=3e-5, schedule="linear", batch_size=8, accumulation_steps=2, eval_tokens=100_000)
     )
 
     def check(self) -> None:
@@ -151,7 +151,7 @@ class RewardStageConfig(StageConfig):
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.05))
     train: OptimizationConfig = field(
         default_factory=lambda: aligning(
-            lr=2e-4, schedule="linear", weight_decay=0.01, batch_size=8, accumulation_steps=2, eval_tokens=100_000
+            lr=5e-4, schedule="linear", weight_decay=0.01, batch_size=8, accumulation_steps=2, eval_tokens=100_000
         )
     )
 
@@ -262,11 +262,11 @@ class PPOStageConfig(StageConfig):
     """A finished reward model; None: weight/reward when there are no rules."""
     rewards: dict[str, Any] = field(default_factory=dict)
     """Rules and their weights, for example rewards.format=0.5; beside the reward model, whose weight is 1."""
-    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts=64))
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts=128))
     ppo: PPOConfig = field(default_factory=PPOConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
-        default_factory=lambda: aligning(lr=1e-4, schedule="constant", warmup_steps=4, batch_size=32, log_every=2, eval_every=20)
+        default_factory=lambda: aligning(lr=5e-5, schedule="constant", warmup_steps=4, batch_size=64, log_every=2, eval_every=20)
     )
 
     def check(self) -> None:
@@ -296,11 +296,13 @@ class GRPOStageConfig(StageConfig):
     """A finished reward model to add to the rules."""
     rewards: dict[str, Any] = field(default_factory=lambda: {"exact": 1.0, "format": 0.1})
     """Rules and their weights, for example rewards.steps=0.2; rewards.exact=0 leaves one out."""
-    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts=16, samples=8))
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts=32, samples=8))
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
-        default_factory=lambda: aligning(lr=1e-4, schedule="constant", warmup_steps=4, batch_size=64, log_every=2, eval_every=20)
+        default_factory=lambda: aligning(
+            lr=5e-5, schedule="constant", warmup_steps=4, batch_size=64, accumulation_steps=2, log_every=2, eval_every=20
+        )
     )
 
     def check(self) -> None:

@@ -3,7 +3,7 @@
     for line, sample in read_samples(path, bad):      # Text | Conversation | Preference | Judged
 
 Unusable rows are in `bad`, with file, line and reason. Formats (other fields such as "source" or "lang" are ignored):
-  {"text"}   {"conversations" | "messages": [{role, content} or {from, value}]}   {"prompt", "response" | "completion"}
+  {"text"}   {"conversations" | "messages": [{role, content} or {from, value}]}   {"prompt", "response" | "completion" | "answer"}
   {"instruction", "input", "output"}   {"system", "user", "assistant"}   {"system", "user", "cot", "final"}
   {"question", "answer"} (GSM8K; the answer as it stands, with the steps and the "#### 42" behind them)
   {"prompt", "chosen", "rejected"}   {"prompt", "completion", "label"}
@@ -47,6 +47,8 @@ __all__ = [
     "read_samples", "read_token_ids", "recognise", "split_suffix",
 ]  # fmt: skip
 
+ANSWER_FIELDS = ("response", "completion", "answer")
+"""What the answer to a `prompt` may be called."""
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -127,7 +129,7 @@ def _turns_row(row: Row) -> Conversation:
 
 
 def _prompt_row(row: Row) -> Conversation:
-    answer = "response" if "response" in row else "completion"
+    answer = next(name for name in ANSWER_FIELDS if name in row)
     turns = _with_system(row, read_side(row["prompt"], "prompt", "user")) + read_side(row[answer], answer, "assistant")
     return _conversation(turns, read_tools(row.get("tools")), row)
 
@@ -204,7 +206,7 @@ _FORMATS = (
     _Format(
         "prompt-response",
         "{prompt, response}",
-        lambda r: "prompt" in r and ("response" in r or "completion" in r),
+        lambda row: "prompt" in row and any(name in row for name in ANSWER_FIELDS),
         _prompt_row,
     ),
     _Format("user-final", "{system, user, cot, final}", _has("user", "final"), _single_turn("user", "final", "cot")),

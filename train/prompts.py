@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from model.tokenizer import BPETokenizer
-from train.formats import BadRows, Conversation, Judged, Message, Preference, RowError, Sample, expand_paths, read_samples, recognise
+from train.formats import ANSWER_FIELDS, BadRows, Conversation, Judged, Message, Preference, RowError, Sample, expand_paths, read_samples, recognise
 from train.rewards import checkable
 from train.store import held_out
 
@@ -78,7 +78,7 @@ def read_prompts(
         "said before": repeated,
         f"longer than {longest} tokens": too_long,
         "without an answer to compare with": unanswered,
-        "without a result that can be checked": unclear,
+        "without a result that can be checked (a number, a word, what stands behind #### or in \\boxed{})": unclear,
     }
     notes = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
     if not found:
@@ -94,7 +94,7 @@ def read_prompts(
 
 def _read_row(value: Any) -> Sample:
     """As `recognise`, where {prompt} alone is a row, too: as one whose answer is not to be learned from."""
-    if isinstance(value, dict) and "prompt" in value and not {"response", "completion", "chosen", "rejected"} & value.keys():
+    if isinstance(value, dict) and "prompt" in value and not {*ANSWER_FIELDS, "chosen", "rejected"} & value.keys():
         value = {**value, "completion": "-", "label": False}
     return recognise(value)
 

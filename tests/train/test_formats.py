@@ -85,6 +85,7 @@ FORMATS: list[tuple[str, dict[str, Any], Any]] = [
      Conversation(USED_TOOL)),
     ("prompt-response", {"prompt": "q", "response": "a"}, QA),
     ("prompt-response", {"prompt": "q", "completion": "a"}, QA),
+    ("prompt-response", {"prompt": "q", "answer": "a"}, QA),
     ("prompt-response", {"prompt": [user("q")], "completion": [bot("a")]}, QA),
     ("alpaca", {"instruction": "q", "input": "", "output": "a"}, QA),
     ("alpaca", {"instruction": "q", "input": "x", "output": "a", "system": "s", "history": [["q0", "a0"]]},

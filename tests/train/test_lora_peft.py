@@ -33,7 +33,14 @@ SMART: dict[str, Any] = {
 }
 OURS = {"plain": {}, "experts": EXPERTS, "smart": SMART, "reasoning": {"use_reasoning": True, "reasoning_steps": 2, "reasoning_heads": 2}}
 NO_PEFT = ("smart", "reasoning")  # transformers has no such layers
-ROLLOUT = ["data.prompt_file=chats.jsonl", "data.max_length=128", "rollout.prompts=4", "rollout.max_new_tokens=8", "rewards.variety=1"]
+# Random answers that are long enough to differ in what they are worth.
+ROLLOUT = [
+    "data.prompt_file=prompts.jsonl",
+    "data.max_length=160",
+    "rollout.prompts=4",
+    "rollout.max_new_tokens=40",
+    *("rewards.variety=1", "rewards.language=1", "rewards.format=1"),
+]
 STAGES: dict[str, tuple[Callable[[], int], list[str]]] = {
     "lora": (train_lora.main, ["data.sft_file=chats.jsonl"]),
     "dpo": (train_dpo.main, ["data.preference_file=pairs.jsonl"]),
@@ -107,6 +114,7 @@ def test_a_trained_adapter_is_the_same_everywhere(
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "chats.jsonl", chat_rows(24))
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"How much is {number} and 4?"} for number in range(24)])
     main, words = STAGES[stage]
     steps = ["train.max_steps=3", "train.lr=0.03", "train.warmup_steps=0", "train.log_every=1", "lora.r=4", "lora.alpha=8"]
     before = {file.name: file.read_bytes() for file in base.iterdir()}
