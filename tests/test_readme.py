@@ -15,6 +15,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -307,7 +308,14 @@ def test_the_alignment_guide_runs_by_itself(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path)
     rows = map(json.loads, (checkout / "chats.jsonl").read_text(encoding="utf-8").splitlines())
     tokenizer = BPETokenizer.train((turn["content"] for row in rows for turn in row["conversations"]), 500, progress=False)
-    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "intermediate_size": 64, "max_position_embeddings": 1024}
+    shape: dict[str, Any] = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_kv_head": 1,
+        "n_embd": 32,
+        "intermediate_size": 64,
+        "max_position_embeddings": 1024,
+    }
     SmartHaoAI(HaoAIConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(checkout / "weight" / "sft", tokenizer)
     for guide in ALONE:
         run_guide(guide, checkout)

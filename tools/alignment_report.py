@@ -37,7 +37,7 @@ from tools.reasoning_report import read_tasks
 from tools.reasoning_tasks import measure
 from train.config import UsageError
 from train.data_files import expand_paths
-from train.rewards import Answer, exact, steps
+from train.rewards import exact, steps
 from train.runtime import describe_machine, device_name, run_main
 from train.statistics import bootstrap
 
@@ -100,10 +100,7 @@ def measure_model(folder: str, options: argparse.Namespace, tasks: dict[str, lis
 def _measure_tasks(found: Measured, model: SmartHaoAI, tokenizer: BPETokenizer, split: str, rows: list[Row]) -> None:
     for name, thinking, temperature in (("thinking", True, 0.0), ("thinking, sampled", True, 1.0), ("thinking closed", False, 0.0)):
         replies = measure.generate_answers(model, tokenizer, rows, thinking=thinking, temperature=temperature)
-        answers = [
-            Answer(row["messages"][0]["content"], reply.text, reply.reasoning, reference=row["answer"])
-            for reply, row in zip(replies, rows, strict=True)
-        ]
+        answers = measure.as_answers(replies, rows)
         found.shares[f"exact, {split}, {name}"] = [exact(answer) for answer in answers]
         if name == "thinking":
             found.shares[f"{WORKING}, {split}"] = [steps(answer) for answer in answers]

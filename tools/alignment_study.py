@@ -2,13 +2,13 @@
 
     python -m tools.alignment_study weight/sft --conversations FILE [--text FILE ...] [--seeds 3] [--only STAGE ...] [--out FOLDER]
 
-FILE holds the conversations that the chat model learned from; their questions are asked again for preference pairs and PPO. Stages:
+FILE holds the conversations that the chat model learned from. Stages:
 
-    reasoning   fine-tuning on tasks with written steps (tools.make_reasoning), among ordinary conversations
-    grpo        from the reasoning model of the same seed: rewards for right results
-    reward      a reward model from pairs of the chat model's own answers, ranked by how much they share with the data's answer
-    dpo         from the chat model, on the same pairs
-    ppo         from the chat model, by the reward model of the first seed
+    reasoning   fine-tuning on tasks with written steps (tools.make_reasoning), among the conversations
+    grpo        rewards for right results, from the reasoning model of the first seed, as all below but the last
+    reward      a reward model from pairs of the reasoning model's own answers, a right one against a wrong one
+    dpo         on the same pairs
+    ppo         by the reward model of the first seed
     distil      a smaller student from few conversations: with the chat model as its teacher, and without
 
 What is finished is kept: the same command goes on after a stop. OUT/report.md has a table for each stage. Hours on two CPU cores.
@@ -31,8 +31,8 @@ from train.runtime import format_minutes, run_main
 
 STAGES = ("reasoning", "grpo", "reward", "dpo", "ppo", "distil")
 REWARD_FACTS = ("held-out accuracy", "calibration", "accuracy where the preferred answer is longer", "accuracy where it is shorter")
-FEW = 2000
-"""Conversations that the students of the distillation learn from."""
+FEW, HELD_OUT = 2000, 600
+"""Conversations that the students of the distillation learn from, and are measured on."""
 
 
 @dataclass
@@ -59,44 +59,57 @@ class Study:
     def few(self) -> Path:
         return self.out / "few.jsonl"
 
+    @property
+    def held_out(self) -> Path:
+        return self.out / "held_out.jsonl"
+
     def folder(self, stage: str, seed: int) -> Path:
         return self.out / stage / f"seed_{seed}"
 
     def folders(self, stage: str) -> list[str]:
         return [str(self.folder(stage, seed)) for seed in range(self.seeds)]
 
+    @property
+    def questions(self) -> Path:
+        """Tasks that no stage has seen the answers of, for the model to answer; what is held out of `tasks` is not in them."""
+        return self.out / "questions"
+
     # ------------------------------------------------------------------ data
 
     def prepare(self) -> None:
-        """Tasks, pairs and the few conversations, unless they are there."""
-        if not (self.tasks / "train.jsonl").is_file():
-            self._call("tools.make_reasoning", str(self.tasks), "--rows", "20000", "--style", "both")
+        """Tasks and the few conversations, unless they are there."""
+        for folder, style in ((self.tasks, ["--style", "both"]), (self.questions, ["--style", "think", "--seed", "1"])):
+            if not (folder / "train.jsonl").is_file():
+                self._call("tools.make_reasoning", str(folder), "--rows", "20000", *style)
         if not self.few.is_file():
-            atomic_write_text(self.few, "".join(_first_lines(Path(self.conversations), FEW)))
+            lines = _lines(Path(self.conversations), FEW + HELD_OUT)
+            atomic_write_text(self.few, "".join(lines[:FEW]))
+            atomic_write_text(self.held_out, "".join(lines[FEW:]))
+
+    def make_pairs(self) -> None:
+        """Right against wrong answers of the reasoning model, unless they are there."""
         if not self.pairs.is_file():
-            ranking = ["--by", "rule", "--rule", "overlap", "--gap", "0.05", "--samples", "4"]
-            sampling = ["--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "160", "--limit", "6000"]
-            self._call("tools.make_preferences", self.model, str(self.pairs), "--prompts", self.conversations, *ranking, *sampling)
+            sampling = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "96", "--limit", "4000"]
+            asked = ["--prompts", f"{self.questions}/train.jsonl", "--by", "rule", "--rule", "exact"]
+            self._call("tools.make_preferences", str(self.folder("reasoning", 0)), str(self.pairs), *asked, *sampling)
 
     # ------------------------------------------------------------------ stages
 
     def words(self, stage: str, seed: int) -> tuple[str, list[str]]:
         """Module and settings of a stage; those that are not named are the stage's own."""
-        start, chat = f"model_dir={self.folder('reasoning', seed)}", f"model_dir={self.model}"
-        tasks = f"data.prompt_file={self.tasks}/train.jsonl"
         mixture = f"data.sft_file=[{self.tasks}/train.jsonl, {{path: {self.conversations}, weight: 0.3}}]"
-        valid = f"data.val_file={self.tasks}/valid.jsonl"
-        student = ["--preset", "nano", "model.n_layer=3", f"data.sft_file={self.few}", f"tokenizer_dir={self.model}", "train.epochs=8"]
-        pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.1", "train.epochs=2"]
+        valid, start = f"data.val_file={self.tasks}/valid.jsonl", f"model_dir={self.folder('reasoning', 0)}"
+        rollouts = [f"data.prompt_file={self.questions}/train.jsonl", valid, "rollout.max_new_tokens=72", "rollout.eval_prompts=200"]
+        steps = ["train.max_steps=160", "train.eval_every=40"]
+        pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.15", "train.epochs=2", "train.eval_every=30"]
+        few = [f"data.sft_file={self.few}", f"data.val_file={self.held_out}", "train.epochs=8", "train.eval_every=50"]
+        student = ["--preset", "nano", "model.n_layer=3", f"tokenizer_dir={self.model}", *few]
         return {
-            "reasoning": ("train.train_sft", ["--preset", "nano", mixture, valid, chat, "train.epochs=1"]),
-            "grpo": ("train.train_grpo", [tasks, valid, start, "rollout.thinking=true", "train.max_steps=300"]),
-            "reward": ("train.train_reward", [*pairs, chat]),
-            "dpo": ("train.train_dpo", [*pairs, chat]),
-            "ppo": (
-                "train.train_ppo",
-                [f"data.prompt_file={self.conversations}", chat, f"reward_model_dir={self.folder('reward', 0)}", "train.max_steps=150"],
-            ),
+            "reasoning": ("train.train_sft", ["--preset", "nano", mixture, valid, f"model_dir={self.model}", "train.max_steps=500"]),
+            "grpo": ("train.train_grpo", [*rollouts, start, *steps]),
+            "reward": ("train.train_reward", [*pairs, start]),
+            "dpo": ("train.train_dpo", [*pairs, start]),
+            "ppo": ("train.train_ppo", [*rollouts, start, f"reward_model_dir={self.folder('reward', 0)}", *steps]),
             "distil": ("train.train_distill", [*student, f"teacher_dir={self.model}"]),
             "distil_alone": ("train.train_distill", [*student, "teacher_dir=none"]),
         }[stage]
@@ -134,12 +147,14 @@ class Study:
         if stage == "reward":
             return self._reward_table()
         if not file.is_file():
+            tasks, start = ["--tasks", str(self.tasks), "--limit", "600"], [str(self.folder("reasoning", 0))]
+            judged = [*tasks, "--probes", "20", "--reward-model", str(self.folder("reward", 0))]
             before, more = {
-                "reasoning": ([self.model], ["--tasks", str(self.tasks), "--limit", "600", "--probes", "20"]),
-                "grpo": (self.folders("reasoning"), ["--tasks", str(self.tasks), "--limit", "600"]),
-                "dpo": ([self.model], ["--probes", "50", "--reward-model", str(self.folder("reward", 0))]),
-                "ppo": ([self.model], ["--probes", "50", "--reward-model", str(self.folder("reward", 0))]),
-                "distil": (self.folders("distil_alone"), ["--probes", "50"]),
+                "reasoning": ([self.model], [*tasks, "--probes", "20"]),
+                "grpo": (start, judged),
+                "dpo": (start, judged),
+                "ppo": (start, judged),
+                "distil": (self.folders("distil_alone"), ["--probes", "20"]),
             }[stage]
             words = ["--before", *before, "--after", *self.folders(stage), *more, "--out", str(file.parent)]
             alignment_report.main([*words, *(["--text", *self.text] if self.text else [])])
@@ -158,8 +173,10 @@ class Study:
 def run(study: Study, only: Sequence[str] = STAGES) -> None:
     """Everything that is not finished, then the report."""
     study.prepare()
-    for seed in range(study.seeds):
-        for stage in (stage for stage in STAGES if stage in only):
+    for stage in (stage for stage in STAGES if stage in only):
+        if stage in ("reward", "dpo"):
+            study.make_pairs()
+        for seed in range(study.seeds):
             for part in ("distil", "distil_alone") if stage == "distil" else (stage,):
                 study.train(part, seed)
     tables = [f"## {stage}\n\n{study.report(stage)}" for stage in STAGES if stage in only]
@@ -168,7 +185,7 @@ def run(study: Study, only: Sequence[str] = STAGES) -> None:
     study.log(f"\n{text}\n{study.out / 'report.md'}")
 
 
-def _first_lines(path: Path, count: int) -> list[str]:
+def _lines(path: Path, count: int) -> list[str]:
     opener = lzma.open if path.suffix == ".xz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         return [line for _, line in zip(range(count), file, strict=False)]

@@ -12,8 +12,8 @@ from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from tools.curriculum import score
 from tools.evaluate import answer_probes, file_bits_per_byte, load, probe_table
-from tools.reasoning_tasks.measure import Row, generate_answers, share
-from train.rewards import Answer, exact
+from tools.reasoning_tasks.measure import Row, as_answers, generate_answers, share
+from train.rewards import exact
 from train.runtime import device_name
 
 VALIDATION_KB = 100
@@ -71,8 +71,7 @@ def write_report(out: Path, last: str, data: Path, tasks: Path, title: str, per_
 def right_answers(model: SmartHaoAI, tokenizer: BPETokenizer, rows: Sequence[Row], thinking: bool) -> list[bool]:
     """Whether the greedy answer to each task has the right result, with the thinking opened or closed in the prompt."""
     replies = generate_answers(model, tokenizer, rows, TASK_TOKENS, thinking)
-    answers = (Answer(row["messages"][0]["content"], reply.text, reference=row["answer"]) for reply, row in zip(replies, rows, strict=True))
-    return [exact(answer) == 1 for answer in answers]
+    return [exact(answer) == 1 for answer in as_answers(replies, rows)]
 
 
 def _counted(cell: Cell) -> str:

@@ -114,7 +114,8 @@ def test_a_trained_adapter_is_the_same_everywhere(
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "chats.jsonl", chat_rows(24))
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"How much is {number} and 4?"} for number in range(24)])
+    questions = [{"instruction": f"How much is {number} and 4?", "output": f"The answer is {number + 4}."} for number in range(24)]
+    write_jsonl(tmp_path / "prompts.jsonl", questions)
     main, words = STAGES[stage]
     steps = ["train.max_steps=3", "train.lr=0.03", "train.warmup_steps=0", "train.log_every=1", "lora.r=4", "lora.alpha=8"]
     before = {file.name: file.read_bytes() for file in base.iterdir()}

@@ -19,6 +19,7 @@ from inference.text import THINK_OPEN
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from tools.curriculum.probe_set import wilson
+from train.rewards import Answer
 from train.runtime import timed
 
 BATCH_TOKENS = 8192
@@ -143,6 +144,14 @@ def generate_answers(
         for index, completions in zip(part, engine.generate([prompts[i] for i in part], settings), strict=True):
             answers[index] = completions[0]
     return [answers[i] for i in range(len(rows))]
+
+
+def as_answers(replies: Sequence[Completion], rows: Sequence[Row]) -> list[Answer]:
+    """Replies to the rows as rules judge them: a right result counts in any wording, not only to the letter."""
+    return [
+        Answer(row["messages"][0]["content"], reply.text, reply.reasoning, reference=row["answer"])
+        for reply, row in zip(replies, rows, strict=True)
+    ]
 
 
 def share(correct: Sequence[bool]) -> dict[str, float]:
