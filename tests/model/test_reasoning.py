@@ -428,7 +428,8 @@ def test_the_losses_are_what_they_say(make_model, seed: int) -> None:
         "ponder_loss": 0.5 * ((1 + 1 - sure[0][real]) / 2).sum(),
     }
     torch.testing.assert_close(trained.loss_sum, nats[1][real].sum(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(trained.deep_losses, expected, rtol=1e-4, atol=1e-4)
+    # Of a confidence near 1, 1 - sure has few digits left in fp32; the loss is computed from its logit.
+    torch.testing.assert_close(trained.deep_losses, expected, rtol=2e-3, atol=1e-4)
 
 
 def test_drawn_steps_estimate_the_mean_over_all(make_model, seed: int) -> None:
