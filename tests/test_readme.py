@@ -319,7 +319,7 @@ def test_the_alignment_guide_runs_by_itself(tmp_path: Path) -> None:
     SmartHaoAI(HaoAIConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(checkout / "weight" / "sft", tokenizer)
     for guide in ALONE:
         run_guide(guide, checkout)
-    for name in "lora_mine reward_mine rlhf/ppo dpo_mine kto_mine reasoning reasoning_report grpo_mine distill_mine".split():
+    for name in "lora_mine reward_mine rlhf/ppo dpo_mine kto_mine reasoning_mine reasoning_report grpo_mine distill_mine".split():
         assert (checkout / "weight" / name).is_dir()
 
 
