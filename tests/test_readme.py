@@ -68,6 +68,7 @@ FASTER = {
     "train_rlhf.py": SMALL_ROLLOUTS,
     "tools.make_reasoning": ["--rows", "60", "--test-rows", "12"],
     "tools.reasoning_report": ["--limit", "2", "--device", "cpu"],
+    "tools.alignment_report": ["--probes", "1", "--device", "cpu"],
     "tools.make_preferences": ["--limit", "24", "--temperature", "1.5", "--device", "cpu"],
     "tools.loss_parity": ["--trials", "1"],
     "tools.evaluate": ["--device", "cpu"],

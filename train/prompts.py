@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 
 from model.tokenizer import BPETokenizer
-from train.formats import ANSWER_FIELDS, BadRows, Conversation, Judged, Message, Preference, RowError, Sample, expand_paths, read_samples, recognise
+from train.formats import (
+    ANSWER_FIELDS,
+    BadRows,
+    Conversation,
+    Judged,
+    Message,
+    Preference,
+    RowError,
+    Sample,
+    expand_paths,
+    read_samples,
+    recognise,
+)
 from train.rewards import checkable
 from train.store import held_out
 
