@@ -54,7 +54,7 @@ from train.train_tokenizer import train_tokenizer
 
 # Shares of the minutes; what is left is for data, tokenizer and evaluation. Then: what the last one is for, by --rlhf, and in which
 # proportion. pairs: the model answers questions of its training; where its result is wrong, the data's own answer is preferred.
-SHARES = {"pretrain": 0.46, "sft": 0.2, "reasoning": 0.14, "preference": 0.05}
+SHARES = {"pretrain": 0.41, "sft": 0.26, "reasoning": 0.13, "preference": 0.05}
 PREFERENCE = {
     "dpo": {"pairs": 1, "dpo": 1},
     "ppo": {"pairs": 1, "reward": 1, "ppo": 2},
