@@ -56,7 +56,7 @@ def run_policy_stage(
     tokenizer, config = begin(settings, log)
     rollout, row_length = settings.rollout, settings.data.max_length
     judge = make_judge(settings, tokenizer)
-    train, held_out = stage_prompts(settings, tokenizer, row_length - rollout.max_new_tokens, judge, log)
+    train, held_out = stage_prompts(settings, tokenizer, log)
     source = make_source(
         tokenizer,
         train,
@@ -167,11 +167,10 @@ def make_judge(settings: PolicyConfig, tokenizer: BPETokenizer) -> Judge:
     return Judge(weights, settings.rollout.max_new_tokens, reward_model, missing_end, tokenizer.pad_token_id)
 
 
-def stage_prompts(
-    settings: PolicyConfig, tokenizer: BPETokenizer, longest: int, judge: Judge, log: Log
-) -> tuple[list[Prompt], list[Prompt]]:
+def stage_prompts(settings: PolicyConfig, tokenizer: BPETokenizer, log: Log) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to learn on and held-out ones: data.val_file's, else what data.val_share keeps back."""
-    data = settings.data
+    data, weights = settings.data, check_weights(settings.rewards)
+    longest = data.max_length - settings.rollout.max_new_tokens
 
     def read(spec: Any, share: float) -> tuple[list[Prompt], list[Prompt]]:
         return read_prompts(
@@ -179,8 +178,8 @@ def stage_prompts(
             tokenizer,
             longest,
             val_share=share,
-            answered=any(name in NEED_REFERENCE for name in judge.weights),
-            verifiable=any(name in NEED_RESULT for name in judge.weights),
+            answered=any(name in NEED_REFERENCE for name in weights),
+            verifiable=any(name in NEED_RESULT for name in weights),
             thinking=settings.rollout.thinking,
             strict=data.strict,
             log=log,

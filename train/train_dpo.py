@@ -60,14 +60,16 @@ def dpo(settings: DPOStageConfig, log: Callable[[str], object] = print) -> int:
         if measured is not None:
             references["held out"] = reference_log_probs(model, measured, precision, training=False, log=log)
 
-    facts: dict[str, Any] = {"preference loss": f"{settings.dpo.loss}, beta {beta_of(settings.dpo):g}"}
-
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        values = held_out_terms(model, batches, loss_of("held out"), device)
-        pairs = round(sum(batch.weights["pairs"] for batch in batches))
-        low, high = wilson(round(values["val_accuracy"] * pairs), pairs)
-        facts["held-out accuracy, 95% interval"] = f"{low:.3f} to {high:.3f} ({pairs:,} {'answers' if kind == 'judged' else 'pairs'})"
-        return values
+        return held_out_terms(model, batches, loss_of("held out"), device)
+
+    def facts() -> dict[str, Any]:
+        found = {"preference loss": f"{settings.dpo.loss}, beta {beta_of(settings.dpo):g}"}
+        if batches:
+            pairs = round(sum(batch.weights["pairs"] for batch in batches))
+            low, high = wilson(round(evaluate(model)["val_accuracy"] * pairs), pairs)
+            found["held-out accuracy, 95% interval"] = f"{low:.3f} to {high:.3f} ({pairs:,} {'answers' if kind == 'judged' else 'pairs'})"
+        return found
 
     return run_stage(
         settings,
@@ -79,7 +81,7 @@ def dpo(settings: DPOStageConfig, log: Callable[[str], object] = print) -> int:
         sample_answers,
         data=store.origin(),
         prepare=prepare,
-        facts=lambda: facts,
+        facts=facts,
         log=log,
     )
 

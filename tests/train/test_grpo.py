@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_helpers import HashJudge, make_source, perturb
+from rollout_helpers import TEMPERATURE, HashJudge, make_source, perturb
 from training_helpers import FAST, chat_rows, write_jsonl
 
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
@@ -16,14 +16,6 @@ from train.log_probs import completion_log_probs
 from train.metrics import read_jsonl
 from train.rollout import REWARD, RolloutSource
 from train.train_grpo import GRPORollouts, grpo, grpo_term
-
-TEMPERATURE = 0.9
-
-
-@pytest.fixture
-def model(tiny_config: HaoAIConfig) -> SmartHaoAI:
-    """Weights that no other test has seen."""
-    return SmartHaoAI(tiny_config).train()
 
 
 class OddJudge(HashJudge):

@@ -24,12 +24,6 @@ class Plain(RolloutSource):
             sample.tokens["advantages"] = [sample.parts[REWARD]] * sample.length
 
 
-@pytest.fixture
-def model(tiny_config: HaoAIConfig) -> SmartHaoAI:
-    """Weights that no other test has seen."""
-    return SmartHaoAI(tiny_config).train()
-
-
 def served_ids(batch: Any) -> list[tuple[int, ...]]:
     """The sequences of a batch, in order."""
     ids, segments = batch.inputs["input_ids"], batch.inputs["segment_ids"]
