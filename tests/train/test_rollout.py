@@ -10,7 +10,7 @@ import pytest
 import torch
 from rollout_helpers import HashJudge, make_prompts, make_source, perturb
 
-from model import BPETokenizer, HaoAIConfig, SmartHaoAI
+from model import BPETokenizer, SmartHaoAI
 from train.data import IGNORE
 from train.log_probs import completion_log_probs
 from train.rollout import REWARD, RolloutSource
