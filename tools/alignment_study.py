@@ -89,7 +89,8 @@ class Study:
     def make_pairs(self) -> None:
         """Right against wrong answers of the reasoning model, unless they are there."""
         if not self.pairs.is_file():
-            sampling = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "96", "--limit", "4000"]
+            sampling = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "72"]
+            sampling += ["--limit", "16000"]
             asked = ["--prompts", f"{self.questions}/train.jsonl", "--by", "rule", "--rule", "exact"]
             self._call("tools.make_preferences", str(self.folder("reasoning", 0)), str(self.pairs), *asked, *sampling)
 
@@ -99,7 +100,8 @@ class Study:
         """Module and settings of a stage; those that are not named are the stage's own."""
         mixture = f"data.sft_file=[{self.tasks}/train.jsonl, {{path: {self.conversations}, weight: 0.3}}]"
         valid, start = f"data.val_file={self.tasks}/valid.jsonl", f"model_dir={self.folder('reasoning', 0)}"
-        rollouts = [f"data.prompt_file={self.questions}/train.jsonl", valid, "rollout.max_new_tokens=72", "rollout.eval_prompts=200"]
+        asked = [f"data.prompt_file={self.questions}/train.jsonl", f"data.val_file={self.questions}/valid.jsonl"]
+        rollouts = [*asked, "rollout.max_new_tokens=72", "rollout.eval_prompts=200"]
         steps = ["train.max_steps=160", "train.eval_every=40"]
         pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.15", "train.epochs=2", "train.eval_every=30"]
         few = [f"data.sft_file={self.few}", f"data.val_file={self.held_out}", "train.epochs=8", "train.eval_every=50"]
