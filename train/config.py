@@ -301,7 +301,7 @@ class GRPOStageConfig(StageConfig):
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
         default_factory=lambda: aligning(
-            lr=5e-5, schedule="constant", warmup_steps=4, batch_size=64, accumulation_steps=2, log_every=2, eval_every=20
+            lr=1.5e-4, schedule="linear", warmup_steps=4, batch_size=64, accumulation_steps=4, log_every=2, eval_every=20
         )
     )
 
