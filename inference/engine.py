@@ -25,6 +25,7 @@ from inference.sampling import (
     choose,
     chosen_logprobs,
     process_logits,
+    prompt_seeds,
     row_generator,
 )
 from inference.text import Channel, ReplyText, starts_in_reasoning
@@ -159,28 +160,47 @@ class Engine:
         self.steps_used = out.steps_used
         return out.logits[:, -1]
 
-    def generate(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, seeds: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """Replies to several prompts (lists of token ids) at once: settings.n completions for each, in order.
 
         All samples of a prompt share its prefill; rows that finish leave the batch. With a seed, a prompt's replies do
         not depend on what else is in the batch (up to the rounding of batched products); the same prompt given twice
-        goes on with the next samples. Raises ValueError for an empty prompt or one longer than the context.
+        goes on with the next samples. One seed gives every prompt the same draws; `seeds` gives each its own
+        (`generate_many` makes them). Raises ValueError for an empty prompt or one longer than the context.
         """
         lists = [list(prompt) for prompt in prompts]
         if not lists:
             return []
+        if seeds is not None and len(seeds) != len(lists):
+            raise ValueError(f"{len(lists)} prompts need as many seeds, got {len(seeds)}")
         limits = [self._room(prompt, settings) for prompt in lists for _ in range(settings.n)]
         self._check_stop(settings)
         results = [Completion(logprobs=[] if settings.logprobs else None) for _ in limits]
         texts = self._reply_texts([prompt for prompt in lists for _ in range(settings.n)], settings)
         with self._evaluating(), torch.inference_mode():
             if max(limits) > 0:
-                self._decode_batch(lists, settings, limits, results, texts)
+                self._decode_batch(lists, settings, seeds, limits, results, texts)
         for result, text in zip(results, texts, strict=True):
             if text is not None:
                 text.finish()
                 result.text, result.reasoning = text.text, text.reasoning
         return [results[start : start + settings.n] for start in range(0, len(results), settings.n)]
+
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, at_once: int
+    ) -> Iterator[list[tuple[int, list[Completion]]]]:
+        """Replies to any number of prompts, `at_once` of like length together: batches of (number of the prompt, its completions).
+
+        With settings.seed every prompt has draws of its own, whatever batch it is in.
+        """
+        seeds = None if settings.seed is None else prompt_seeds(settings.seed, len(prompts))
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        for start in range(0, len(order), at_once):
+            part = order[start : start + at_once]
+            own = None if seeds is None else [seeds[number] for number in part]
+            yield list(zip(part, self.generate([prompts[number] for number in part], settings, own), strict=True))
 
     def stream(self, ids: Sequence[int], settings: SamplingSettings, cache: PromptCache | None = None) -> Iterator[Piece]:
         """The reply to one prompt as it comes, one piece or more per token; the last piece carries finish_reason.
@@ -207,7 +227,7 @@ class Engine:
             logits = self._prefill_rest(prompt, limit, held)
             assert held.cache is not None
             history = self._history([prompt], limit)
-            run = _Decoding(self, logits, held.cache, history, settings, self._generators([0], settings))
+            run = _Decoding(self, logits, held.cache, history, settings, self._generators([prompt], settings, None))
         for count in range(1, limit + 1):
             with self._evaluating(), torch.inference_mode():
                 tokens, logprobs = run.choose()
@@ -247,6 +267,7 @@ class Engine:
         self,
         prompts: list[list[int]],
         settings: SamplingSettings,
+        seeds: Sequence[int] | None,
         limits: list[int],
         results: list[Completion],
         texts: list[ReplyText | None],
@@ -255,7 +276,7 @@ class Engine:
         cache = self.new_cache(len(prompts), ids.shape[1] + max(limits))
         logits = self.prefill(ids, mask, cache)
         history = self._history(prompts, max(limits))
-        generators = self._generators(_sample_numbers(prompts, settings.n), settings)
+        generators = self._generators(prompts, settings, seeds)
         if settings.n > 1:
             share = torch.arange(len(prompts), device=self.device).repeat_interleave(settings.n)
             logits = logits[share]
@@ -292,10 +313,16 @@ class Engine:
         ids, mask = pad_left(prompts, 0, self.device)
         return TokenHistory(ids, mask, self.config.vocab_size, room)
 
-    def _generators(self, samples: list[int], settings: SamplingSettings) -> list[torch.Generator] | None:
-        if settings.seed is None or settings.greedy:
+    def _generators(
+        self, prompts: list[list[int]], settings: SamplingSettings, seeds: Sequence[int] | None
+    ) -> list[torch.Generator] | None:
+        """The random stream of every row."""
+        if settings.greedy or (seeds is None and settings.seed is None):
             return None
-        return [row_generator(settings.seed, sample, self.device) for sample in samples]
+        if seeds is not None:
+            return [row_generator(seed, sample, self.device) for seed in seeds for sample in range(settings.n)]
+        assert settings.seed is not None
+        return [row_generator(settings.seed, sample, self.device) for sample in _sample_numbers(prompts, settings.n)]
 
     def _reply_texts(self, prompts: list[list[int]], settings: SamplingSettings) -> list[ReplyText | None]:
         if self.tokenizer is None:

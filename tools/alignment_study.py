@@ -102,15 +102,15 @@ class Study:
         valid, start = f"data.val_file={self.tasks}/valid.jsonl", f"model_dir={self.folder('reasoning', 0)}"
         asked = [f"data.prompt_file={self.questions}/train.jsonl", f"data.val_file={self.questions}/valid.jsonl"]
         rollouts = [*asked, "rollout.max_new_tokens=72", "rollout.eval_prompts=200"]
-        steps = ["train.max_steps=160", "train.eval_every=40"]
-        pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.15", "train.epochs=2", "train.eval_every=30"]
+        steps = ["train.max_steps=150", "train.eval_every=50"]
+        pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.1", "train.eval_every=50"]
         few = [f"data.sft_file={self.few}", f"data.val_file={self.held_out}", "train.epochs=8", "train.eval_every=50"]
         student = ["--preset", "nano", "model.n_layer=3", f"tokenizer_dir={self.model}", *few]
         return {
             "reasoning": ("train.train_sft", ["--preset", "nano", mixture, valid, f"model_dir={self.model}", "train.max_steps=500"]),
             "grpo": ("train.train_grpo", [*rollouts, start, *steps]),
-            "reward": ("train.train_reward", [*pairs, start]),
-            "dpo": ("train.train_dpo", [*pairs, start]),
+            "reward": ("train.train_reward", [*pairs, start, "train.epochs=3"]),
+            "dpo": ("train.train_dpo", [*pairs, start, "train.epochs=1"]),
             "ppo": ("train.train_ppo", [*rollouts, start, f"reward_model_dir={self.folder('reward', 0)}", *steps]),
             "distil": ("train.train_distill", [*student, f"teacher_dir={self.model}"]),
             "distil_alone": ("train.train_distill", [*student, "teacher_dir=none"]),

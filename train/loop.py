@@ -23,7 +23,7 @@ from train.checkpoints import load_state, newest_checkpoint, restore, save_check
 from train.config import StageConfig, to_yaml
 from train.data import Batch, BatchSource
 from train.metrics import LossFunction, MetricsLog, StepResult, Window
-from train.optim import Muon, build_optimizers, lr_factor
+from train.optim import RATE, Muon, build_optimizers, lr_factor
 from train.plotting import plot_loss
 from train.runtime import (
     Precision,
@@ -271,7 +271,7 @@ class _Fit:
         lr = self.train.lr * lr_factor(self.train, self.state.step, self.state.total_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get(RATE, 1.0)
         self.lr = lr
         self.model.deep_weight = min(1.0, (1 - self.state.done) / DEEP_FADE)
         micro = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]

@@ -209,20 +209,17 @@ class RolloutSource:
         return samples
 
     def _generate(self, numbers: Sequence[int], attempt: int) -> list[tuple[int, Completion]]:
-        engine, repeats = Engine(self.policy, self.tokenizer), self.settings.samples
-        # Every answer of the run has a random stream of its own: (seed, rollout, attempt) here, prompt and sample in the engine.
+        repeats = self.settings.samples
+        # Every answer of the run has a random stream of its own: (seed, rollout, attempt) here, place and sample in the engine.
         seed = int(np.random.Philox(key=[self.seed + 1, self.round * 64 + attempt]).random_raw() >> np.uint64(2))
         sampling = SamplingSettings(
             self.settings.max_new_tokens, self.settings.temperature, top_k=0, top_p=1.0, n=repeats, seed=seed
         )  # a cut distribution would not be the one whose log-probabilities are learned from
-        pairs: list[tuple[int, Completion]] = []
-        at_once = max(1, self.settings.batch_size // repeats)
-        for start in range(0, len(numbers), at_once):
-            part = numbers[start : start + at_once]
-            with self._autocast():
-                replies = engine.generate([self.prompts[number].ids for number in part], sampling)
-            pairs += [(number, reply) for number, group in zip(part, replies, strict=True) for reply in group]
-        return pairs
+        asked = [self.prompts[number].ids for number in numbers]
+        with self._autocast():
+            batches = Engine(self.policy, self.tokenizer).generate_many(asked, sampling, max(1, self.settings.batch_size // repeats))
+            groups = dict(pair for batch in batches for pair in batch)
+        return [(number, reply) for place, number in enumerate(numbers) for reply in groups[place]]
 
     def _measure(self, layout: list[list[int]]) -> None:
         """Old and reference log-probabilities of these answers, by the forward pass that the update will make."""

@@ -79,6 +79,13 @@ def test_answers_do_not_repeat_themselves(model: SmartHaoAI, tiny_tokenizer: BPE
     assert len({ids for batch in rounds for ids in batch}) == 24
 
 
+def test_a_prompt_that_comes_again_in_a_rollout_gets_other_answers(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards rollouts of several batches over few prompts: exact copies of an answer would count as so many samples."""
+    rollout = {"prompts": 8, "samples": 2, "batch_size": 4}
+    source = make_source(Plain, model, tiny_tokenizer, prompts=2, rollout=rollout, batch_size=16)
+    assert len(set(served_ids(source.next_batch(0.0)))) == 16
+
+
 def test_prompts_come_round(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
     """Guards against prompts that are never asked: each epoch takes all of them, in another order."""
     source = make_source(Plain, model, tiny_tokenizer, prompts=10)
