@@ -169,7 +169,11 @@ def _row(
 def _asked(prompt: Prompt) -> dict[str, Any]:
     alone = len(prompt.messages) == 1 and prompt.messages[0]["role"] == "user"
     row: dict[str, Any] = {"prompt": prompt.messages[0]["content"] if alone else prompt.messages}
-    return {**row, "tools": prompt.tools} if prompt.tools else row
+    if prompt.tools:
+        row["tools"] = prompt.tools
+    if prompt.thinking is not None:
+        row["chat_template_kwargs"] = {"enable_thinking": prompt.thinking}
+    return row
 
 
 def _answer(text: str, thought: str) -> str | list[Message]:

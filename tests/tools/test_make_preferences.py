@@ -187,6 +187,7 @@ def test_pairs_with_the_datas_own_answers_are_preferences(model_dir: Path, tmp_p
         (sample,) = [sample for _, sample in read_samples(out, bad, as_preference)]
         assert not bad.total and sample.chosen[0]["content"] == "3 + 5 = 8"
         assert (sample.chosen[0].get("reasoning_content") or "") == thought
+        assert sample.thinking is (False if more else None), "the answers were given to another prompt"
 
 
 def test_a_reward_model_ranks(

@@ -65,8 +65,25 @@ def test_groups_without_a_difference_are_replaced(model: SmartHaoAI, tiny_tokeni
         model, tiny_tokenizer, GRPOConfig(), judge=HashJudge(levels=1), alarm=lambda step, kind, details: events.append(kind)
     )
     batch = hopeless.next_batch(0.0)
+    hopeless.note_update(batch.extra["old"], batch.extra["old"], True)
     assert events == ["rewards_collapsed"] and hopeless.diagnostics["groups"] == 3 * 4
     assert batch.weights["sequences"] == 8 and not batch.extra["advantages"].any()
+
+
+def test_a_rollout_of_equal_groups_is_said(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards against hours of rollouts that teach nothing because questions differ, and answers do not."""
+
+    class ByQuestion(HashJudge):
+        def __call__(self, pairs: Any) -> list[dict[str, float]]:
+            return [{"reward": float(prompt.reference or 0)} for prompt, _ in pairs]
+
+    events: list[tuple[str, Any]] = []
+    source = grpo_source(
+        model, tiny_tokenizer, GRPOConfig(resample=1), judge=ByQuestion(), alarm=lambda step, kind, details: events.append((kind, details))
+    )
+    batch = source.next_batch(0.0)
+    source.note_update(batch.extra["old"], batch.extra["old"], True)
+    assert events == [("groups_equal", {"groups": 8})]
 
 
 @pytest.mark.parametrize("kind", ["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"])

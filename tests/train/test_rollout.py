@@ -124,7 +124,9 @@ def test_a_policy_that_moved_too_far_gets_new_answers(model: SmartHaoAI, tiny_to
         batch = source.next_batch(0.0)
         source.note_update(batch.extra["old"] + moved, batch.extra["old"], False)
     assert source.round == 0
-    source.next_batch(0.0)
+    batch = source.next_batch(0.0)
+    assert events == []
+    source.note_update(batch.extra["old"], batch.extra["old"], True)
     assert source.round == 1 and [(step, kind) for step, kind, _ in events] == [(3, "kl_stop")]
 
 
@@ -133,11 +135,32 @@ def test_alarms(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
     events: list[tuple[int, str, dict[str, Any]]] = []
     source = make_source(Plain, model, tiny_tokenizer, judge=HashJudge(levels=1), alarm=lambda *event: events.append(event))
     source.reference = lambda inputs: completion_log_probs(model, inputs, 0.9).values.detach() - 2.0
-    batch = source.next_batch(0.0)
-    assert [kind for _, kind, _ in events] == ["rewards_collapsed"]
-    source.watch_reference(2.5)
-    assert len(events) == 1
-    source.watch_reference(1.5)
-    perturb(model, 0.01)
-    source.note_update(completion_log_probs(model, batch.inputs, 0.9).values, batch.extra["old"], bool(batch.extra["first"]))
-    assert [(step, kind) for step, kind, _ in events] == [(1, "rewards_collapsed"), (2, "kl_runaway"), (1, "ratio")]
+    source.alarm_kl = 1.5
+    start = source.state_dict()
+
+    def update(moved: float) -> None:
+        batch = source.next_batch(0.0)
+        source.note_update(batch.extra["old"] + moved, batch.extra["old"], bool(batch.extra["first"]))
+
+    update(0.0)
+    assert [(step, kind) for step, kind, _ in events] == [(1, "kl_runaway"), (1, "rewards_collapsed")]
+    update(0.1)
+    assert len(events) == 2, "only the first update of a rollout has to begin at a ratio of 1"
+    source.load_state_dict(start)
+    source.alarm_kl = 2.5
+    update(0.01)
+    assert [(step, kind) for step, kind, _ in events[2:]] == [(1, "rewards_collapsed"), (1, "ratio")]
+
+
+def test_a_trial_is_not_heard(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards against alarms of batches that the loop serves, tries in another number type, and takes back."""
+    events: list[str] = []
+    source = make_source(Plain, model, tiny_tokenizer, judge=HashJudge(levels=1), alarm=lambda step, kind, details: events.append(kind))
+    start = source.state_dict()
+    trial = source.next_batch(0.0).extra
+    source.load_state_dict(start)
+    source.note_update(trial["old"] + 1.0, trial["old"], True)
+    assert events == []
+    real = source.next_batch(0.0).extra
+    source.note_update(real["old"], real["old"], True)
+    assert events == ["rewards_collapsed"]
