@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from train.config import FLAGS, PPOStageConfig, RewardStageConfig, RLHFConfig, known_names, parse_command_line
+from train.config import FLAGS, PPOStageConfig, RewardStageConfig, RLHFConfig, UsageError, known_names, parse_command_line
 from train.policy_stage import stage_prompts
 from train.runtime import run_main
-from train.stage import NEWEST, load_tokenizer, newest_model, open_out_dir
+from train.stage import NEWEST, load_tokenizer, model_config, newest_model, open_out_dir, planned_adapter
 from train.train_ppo import ppo
 from train.train_reward import reward
 
@@ -29,8 +29,12 @@ def rlhf(settings: RLHFConfig, log: Callable[[str], object] = print) -> int:
         if stage.model_dir == NEWEST:
             stage.model_dir = first.model_dir if same_start and stage is second else newest_model(stage)
         open_out_dir(stage)
+    if Path(first.out_dir).resolve() == Path(second.out_dir).resolve():
+        raise UsageError(f"reward.out_dir and ppo.out_dir are both {first.out_dir}: the second stage would replace the first one's result")
     # What is wrong with the second stage should not show after the first.
-    stage_prompts(second, load_tokenizer(second, log), log=lambda _: None)
+    tokenizer = load_tokenizer(second, log)
+    planned_adapter(second, model_config(second, tokenizer))
+    stage_prompts(second, tokenizer, log=lambda _: None)
     second.reward_model_dir = first.out_dir
     log(f"[1/2] reward model -> {first.out_dir}")
     if settings.resume and _finished(first.out_dir):

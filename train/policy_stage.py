@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inference import Completion, Engine, SamplingSettings
 from model.checkpoint import find_model
@@ -22,6 +22,7 @@ from train.loop import LossFunction
 from train.metrics import METRICS_FILE, append_event, read_jsonl
 from train.plotting import plot_panels
 from train.prompts import Prompt, read_prompts
+from train.reference import disable_dropout
 from train.rewards import NEED_REFERENCE, NEED_RESULT, Judge, check_weights
 from train.rollout import LOGGED, REWARD, RolloutSource
 from train.runtime import Precision, device_name, format_minutes, timed
@@ -38,8 +39,8 @@ ALARMS = {
     "broken; raise the KL weight or lower train.lr",
     "rewards_collapsed": "every answer of the rollout got the reward {reward:.3g}: there is nothing to learn from them; other questions, "
     "other rewards, or a higher rollout.temperature would differ",
-    "groups_equal": "in each of the {groups} groups all answers got the same reward: nothing is learned from this rollout; harder or easier "
-    "questions, more rollout.samples or a higher rollout.temperature would differ",
+    "groups_equal": "in each of the {groups} groups all answers got the same reward: nothing is learned from this rollout; harder or "
+    "easier questions, more rollout.samples or a higher rollout.temperature would differ",
 }
 
 
@@ -208,15 +209,6 @@ def reference_log_probs(model: SmartHaoAI, inputs: dict[str, Tensor], temperatur
     model.train()
     with disabled(model):
         return completion_log_probs(model, inputs, temperature).values
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """With dropout on, two forward passes differ, and no ratio would be 1."""
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0  # type: ignore[assignment]
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 class Alarms:

@@ -64,7 +64,8 @@ def read_prompts(
 
     Left out and counted are prompts of more than `longest` tokens, with `answered` those without an answer of the data's, with
     `verifiable` those whose answer has no result that a rule could compare. thinking=False closes the thinking before it starts, True
-    leaves it to the model, None to the rows. Raises FileNotFoundError for missing files, ValueError when no prompt is left or with `strict` a row is bad.
+    leaves it to the model, None to the rows. Raises FileNotFoundError for missing files, ValueError when no prompt is left or with
+    `strict` a row is bad.
     """
     bad = BadRows()
     found: dict[tuple[int, ...], Prompt] = {}

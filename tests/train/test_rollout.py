@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_helpers import HashJudge, make_prompts, make_source, perturb
+from rollout_helpers import HashJudge, make_prompts, make_source
 
 from model import BPETokenizer, SmartHaoAI
 from train.data import IGNORE

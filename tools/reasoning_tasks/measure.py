@@ -18,9 +18,9 @@ from inference import Completion, Engine, SamplingSettings
 from inference.text import THINK_OPEN
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
-from tools.curriculum.probe_set import wilson
 from train.rewards import Answer
 from train.runtime import timed
+from train.statistics import wilson
 
 BATCH_TOKENS = 8192
 GENERATED_BATCH = 64
