@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,25 @@ SENTENCES = [
     "The answer is 47, because 12 + 35 = 47.",
     "你好！Hello! 很高兴认识你，nice to meet you.",
 ]
+
+
+SKIPPED: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        SKIPPED.add(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        SKIPPED.add(report.nodeid)
+
+
+def pytest_sessionfinish() -> None:
+    """Names the tests that could not run here in the file $SKIPPED_TESTS, for an environment that has the packages they need."""
+    if os.environ.get("SKIPPED_TESTS"):
+        Path(os.environ["SKIPPED_TESTS"]).write_text("".join(f"{name}\n" for name in sorted(SKIPPED)), encoding="utf-8")
 
 
 @pytest.fixture

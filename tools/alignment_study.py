@@ -8,7 +8,7 @@ FILE holds the conversations that the chat model learned from. Stages:
     grpo        rewards for right results, from the reasoning model of the first seed, as all below but the last
     reward      a reward model from pairs of the reasoning model's own answers, a right one against a wrong one
     dpo         on the same pairs
-    ppo         by the reward model of the first seed
+    ppo         rewards for right results; the reward model is a judge that it has not seen
     distil      a smaller student from few conversations: with the chat model as its teacher, and without; measured on --unseen, else
                 on conversations that the teacher has learned from
 
@@ -112,6 +112,8 @@ class Study:
         asked = [f"data.prompt_file={self.questions}/train.jsonl", f"data.val_file={self.questions}/valid.jsonl"]
         rollouts = [*asked, "rollout.max_new_tokens=72", "rollout.eval_prompts=200"]
         steps = ["train.max_steps=150", "train.eval_every=50"]
+        by_rule = ["rewards.exact=1", "rollout.prompts=256", "train.accumulation_steps=4", "ppo.epochs=1", "ppo.kl_coef=0.02"]
+        by_rule += ["train.lr=1.5e-4", "train.schedule=linear", "train.max_steps=100", "train.eval_every=50"]
         pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.1", "train.eval_every=50"]
         few = [f"data.sft_file={self.few}", f"data.val_file={self.held_out}", "train.epochs=8", "train.eval_every=50"]
         student = ["--preset", "nano", "model.n_layer=3", f"tokenizer_dir={self.model}", *few]
@@ -119,8 +121,8 @@ class Study:
             "reasoning": ("train.train_sft", ["--preset", "nano", mixture, valid, f"model_dir={self.model}", "train.max_steps=500"]),
             "grpo": ("train.train_grpo", [*rollouts, start, *steps]),
             "reward": ("train.train_reward", [*pairs, start, "train.epochs=3"]),
-            "dpo": ("train.train_dpo", [*pairs, start, "train.epochs=1"]),
-            "ppo": ("train.train_ppo", [*rollouts, start, f"reward_model_dir={self.folder('reward', 0)}", *steps]),
+            "dpo": ("train.train_dpo", [*pairs, start, "train.epochs=1", "train.lr=1e-4"]),
+            "ppo": ("train.train_ppo", [*rollouts, start, *by_rule]),
             "distil": ("train.train_distill", [*student, f"teacher_dir={self.model}"]),
             "distil_alone": ("train.train_distill", [*student, "teacher_dir=none"]),
         }[stage]
