@@ -363,6 +363,16 @@ class SmartHaoAI(nn.Module):
 
         return generate_ids(self, input_ids, attention_mask=attention_mask, **settings)
 
+    def generate_with_reasoning(self, messages: str | Sequence[dict[str, Any]], tokenizer: BPETokenizer, **options: Any) -> Any:
+        """Answer a conversation (or one question) with thinking: a ReasoningResult with .thinking .answer .confidence .votes.
+
+        options: samples=5 for a vote, thinking, budget, calculator, settings, tools; see `inference.reasoning.generate_with_reasoning`.
+        """
+        from inference.engine import Engine
+        from inference.reasoning import generate_with_reasoning
+
+        return generate_with_reasoning(Engine(self, tokenizer), messages, **options)
+
     def save_pretrained(self, path: str | Path, tokenizer: BPETokenizer | None = None) -> None:
         """Write the model (and tokenizer) as a transformers directory."""
         from model.checkpoint import save_pretrained

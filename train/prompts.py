@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from inference.answers import checkable
 from model.tokenizer import BPETokenizer
 from train.formats import (
     ANSWER_FIELDS,
@@ -27,7 +28,6 @@ from train.formats import (
     read_samples,
     recognise,
 )
-from train.rewards import checkable
 from train.store import held_out
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from inference.calculator import check_steps, numbers_in, read_number
+from inference.answers import final_answer, same_answer
+from inference.calculator import check_steps
 from inference.engine import Completion
 from model.reward import RewardModel
 from train.config import UsageError
@@ -24,17 +25,9 @@ from train.config import UsageError
 if TYPE_CHECKING:
     from train.prompts import Prompt
 
-_MARKED = (
-    re.compile(r"####\s*(.+)"),
-    re.compile(r"\\boxed\{([^{}]*)\}"),
-    re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
-    re.compile(r"(?:the answer is|answer:|答案是|答案为|答案：)\s*(.+?)(?=\.\s|\.?$|[。!！?？])", re.IGNORECASE | re.MULTILINE),
-)
-_SPOKEN = re.compile("[。！？，；!?,;~…]")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _LATIN = re.compile("[A-Za-z]")
 _SENTENCE_END = (".", "!", "?", "。", "！", "？", "…", '."', '!"', '?"', "。”", "！”", "？”")
-LONGEST_WORD_ANSWER = 12  # characters of an answer that counts as a result as it stands: B, yes, no, 北京
 CHRF_ORDER, CHRF_BETA = 6, 2
 SOFT_SHARE = 0.5  # share of the room for an answer above which the length rule begins to count
 
@@ -60,49 +53,6 @@ class Answer:
 
 
 Rule = Callable[[Answer], float]
-
-
-def final_answer(text: str) -> str | None:
-    """The result that a text ends in: behind `####`, in `\\boxed{}` or `<answer>`, after "the answer is" or "答案是", a text of a word
-    or two as it stands, else its last number; None when there is nothing of this."""
-    marked = _marked(text)
-    if marked is not None:
-        return marked
-    plain = text.strip().rstrip(".。!！")
-    if plain and len(plain) <= LONGEST_WORD_ANSWER and "=" not in plain:
-        return plain
-    numbers = numbers_in(text)
-    return str(numbers[-1]) if numbers else None
-
-
-def _marked(text: str) -> str | None:
-    for pattern in _MARKED:
-        found = pattern.findall(text)
-        if found and found[-1].strip():
-            return found[-1].strip().rstrip(".。")
-    return None
-
-
-def checkable(reference: str) -> bool:
-    """Whether a reference has a result to compare with: a short remark such as "你好！" is none, although B and yes are."""
-    result = final_answer(reference)
-    return result is not None and (_marked(reference) is not None or read_number(result) is not None or not _SPOKEN.search(reference))
-
-
-def same_answer(reference: str, given: str) -> bool:
-    """Whether two results agree: numbers by their exact value (0.5, 1/2 and 50% are one), words without case and punctuation."""
-    wanted = read_number(reference)
-    if wanted is None:
-        return _bare(reference) == _bare(given)
-    value = read_number(given)
-    if value is None:
-        numbers = numbers_in(given)  # "8 apples"
-        value = numbers[0] if len(numbers) == 1 else None
-    return value == wanted
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text).casefold()
 
 
 def exact(answer: Answer) -> float:

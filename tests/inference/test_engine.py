@@ -182,8 +182,8 @@ def test_generate_explains_what_it_cannot_do(make_model):
     model, ids = make_model(), torch.tensor([[1, 2, 3]])
     with pytest.raises(TypeError, match=r"do_sample.*max_new_tokens.*temperature=0 is greedy"):
         model.generate(ids, do_sample=False)
-    with pytest.raises(ValueError, match="beam search is not available yet"):
-        model.generate(ids, num_beams=4)
+    with pytest.raises(ValueError, match="length_penalty"):
+        model.generate(ids, length_penalty=2.0)
     with pytest.raises(ValueError, match="pad on the left"):
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 0]]))
     with pytest.raises(ValueError, match="batch, time"):
@@ -216,3 +216,66 @@ def test_same_seed_same_tokens_as_transformers(tmp_path, tokenizer, settings, ma
         assert model.generate(ids, max_new_tokens=20, seed=seed, **ours).tolist() == expected.tolist()
         torch.manual_seed(seed)  # without a seed the global generator is used, as there
         assert model.generate(ids, max_new_tokens=20, **ours).tolist() == expected.tolist()
+
+
+def test_ids_without_a_token_are_never_chosen(make_model, tokenizer):
+    """Guards: a padded embedding whose surplus rows win; in the reply they stand for nothing, elsewhere they are an IndexError."""
+    size = tokenizer.vocab_size
+    model = make_model(tokenizer, vocab_size=size + 30)
+    with torch.no_grad():
+        model.embed_tokens.weight[size:] = 40 * torch.randn(30, 32)
+    prompt = tokenizer.encode("Hello")
+    settings = SamplingSettings(temperature=0, max_new_tokens=10, eos_token_id=[], top_logprobs=3)
+    assert max(Engine(model).generate([prompt], settings)[0][0].ids) >= size
+    engine = Engine(model, tokenizer)
+    for changes in ({}, {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "n": 4}, {"num_beams": 3}, {"lookup": 3}):
+        for completion in engine.generate([prompt], dataclasses.replace(settings, **changes))[0]:
+            assert max(completion.ids) < size and len(completion.ids) == 10
+            assert all(token < size for step in completion.top_logprobs for token, _ in step)
+    assert max(token for piece in engine.stream(prompt, settings) for token in piece.ids) < size
+    with pytest.raises(ValueError, match=f"token id {size}, the model's vocabulary has {size}"):
+        engine.generate([[*prompt, size]], settings)
+
+
+def test_every_reply_knows_its_reasoning_steps(make_model):
+    """Guards: steps of one row that are told of all, or of the last pass only."""
+    model = make_model(use_reasoning=True, reasoning_steps=3, reasoning_halt=0.5)
+    with torch.no_grad():
+        model.reasoning.out_proj.weight.normal_(std=0.3)
+        model.reasoning.confidence.out.weight.normal_(std=1.0)
+    engine, totals = Engine(model), set()
+    for prompt, (completion,) in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True):
+        with torch.no_grad():
+            used = model(torch.tensor([prompt + completion.ids[:-1]])).steps_used[0, len(prompt) - 1 :]
+        assert completion.reasoning_steps == int(used.sum())
+        pieces = list(engine.stream(prompt, GREEDY))
+        assert [piece.reasoning_steps for piece in pieces] == used.tolist()
+        totals.add(int(used.sum()))
+    assert len(totals) > 1
+
+
+def test_a_cleared_cache_takes_nothing_of_what_was_running(make_model):
+    """Guards: keys of an adapter that was switched off while its reply was still being read."""
+    engine, held = Engine(make_model()), PromptCache()
+    stream = engine.stream(PROMPTS[0], GREEDY, held)
+    next(stream)
+    held.clear()
+    stream.close()
+    assert held.ids == [] and not held.entries
+
+
+def test_kept_prefixes_are_given_up_in_order_of_use(make_model):
+    """Guards: a pool that forgets what is asked for most, or holds every turn of a conversation."""
+    engine, held = Engine(make_model()), PromptCache(2)
+
+    def ask(prompt):
+        said = [token for piece in engine.stream(prompt, GREEDY, held) for token in piece.ids]
+        assert said == engine.generate([prompt], GREEDY)[0][0].ids
+        return said, held.reused
+
+    first, _ = ask(PROMPTS[1])
+    ask(PROMPTS[3])
+    assert ask([*PROMPTS[1], 3])[1] == len(PROMPTS[1])  # used again, and another continuation beside it
+    assert [entry.ids[: len(PROMPTS[1])] for entry in held.entries] == [PROMPTS[1], PROMPTS[1]]
+    assert ask([*PROMPTS[1], *first, 5])[1] == len(PROMPTS[1]) + len(first) - 1
+    assert ask(PROMPTS[3])[1] == 0 and held.hits == 2
