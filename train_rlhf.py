@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from train.config import FLAGS, PPOStageConfig, RewardStageConfig, RLHFConfig, known_names, parse_command_line
-from train.data_files import expand_paths
-from train.rewards import check_weights
+from train.config import FLAGS, PPOStageConfig, RewardStageConfig, RLHFConfig, UsageError, known_names, parse_command_line
+from train.policy_stage import stage_prompts
 from train.runtime import run_main
-from train.stage import NEWEST, newest_model, open_out_dir
+from train.stage import NEWEST, load_tokenizer, model_config, newest_model, open_out_dir, planned_adapter
 from train.train_ppo import ppo
 from train.train_reward import reward
 
@@ -23,15 +22,19 @@ FINISHED = "report.md"  # written at the end of a stage
 def rlhf(settings: RLHFConfig, log: Callable[[str], object] = print) -> int:
     """Both stages in order. Returns the exit status of the first that did not end well, else 0."""
     first, second = settings.reward, settings.ppo
-    expand_paths(second.data.prompt_file)  # what is wrong with the second stage should not show after the first
-    check_weights(second.rewards)
     same_start = first.model_dir == second.model_dir
     for stage in (first, second):
         for flag in FLAGS:
             setattr(stage, flag, getattr(settings, flag))
         if stage.model_dir == NEWEST:
             stage.model_dir = first.model_dir if same_start and stage is second else newest_model(stage)
-        open_out_dir(stage)  # of both, before the first begins
+        open_out_dir(stage)
+    if Path(first.out_dir).resolve() == Path(second.out_dir).resolve():
+        raise UsageError(f"reward.out_dir and ppo.out_dir are both {first.out_dir}: the second stage would replace the first one's result")
+    # What is wrong with the second stage should not show after the first.
+    tokenizer = load_tokenizer(second, log)
+    planned_adapter(second, model_config(second, tokenizer))
+    stage_prompts(second, tokenizer, log=lambda _: None)
     second.reward_model_dir = first.out_dir
     log(f"[1/2] reward model -> {first.out_dir}")
     if settings.resume and _finished(first.out_dir):

@@ -20,9 +20,8 @@ _MARKED = (
     re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"),
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(
-        r"(?:the (?:final |correct |right |best )?(?:answer|option|choice) is:?|answer:|答案是|答案为|答案：|答案选|"
-        r"(?:故|应|正确)选项?(?:是|为|：|:)?(?=\s*[A-H]))"
-        r"\s*(.+?)(?=\.\s|\.?$|[。!！?？])",
+        r"(?:the (?:final |correct |right |best )?(?:answer|option|choice) is|answer(?=\s*[:：*])|答案(?:是|为|选|(?=\s*[:：*]))|"
+        r"(?:故|应|正确)选项?(?:是|为|：|:)?(?=\s*[A-H]))[\s:：*$]*(.+?)(?=\.\s|\.?$|[。!！?？])",
         re.IGNORECASE | re.MULTILINE,
     ),
 )

@@ -9,6 +9,7 @@ Shapes: B rows (prompts times samples), T prompt length, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 from collections import Counter
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from inference.beam import beam_search
 from inference.decoding import DAMAGED, SPARE_COLUMNS, Batch, Completion, Piece, Prefill, Row
 from inference.prefixes import PromptCache
-from inference.sampling import SamplingSettings
+from inference.sampling import SamplingSettings, prompt_seeds
 from model.cache import KVCache
 from model.config import HaoAIConfig
 
@@ -104,20 +105,27 @@ class Engine:
             out.logits[..., self.vocab_size :] = -torch.inf
         return out.logits
 
-    def generate(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, seeds: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """Replies to several prompts (lists of token ids) at once: settings.n completions for each, in order.
 
         All samples of a prompt share its prefill; rows that finish leave the batch. With a seed, a prompt's replies do
         not depend on what else is in the batch (up to the rounding of batched products); the same prompt given twice
-        goes on with the next samples. Raises ValueError for an empty prompt or one longer than the context.
+        goes on with the next samples. One seed gives every prompt the same draws; `seeds` gives each its own
+        (`generate_many` makes them). Raises ValueError for an empty prompt or one longer than the context.
         """
         lists = [list(prompt) for prompt in prompts]
+        if seeds is not None and len(seeds) != len(lists):
+            raise ValueError(f"{len(lists)} prompts need as many seeds, got {len(seeds)}")
         if settings.num_beams > 1:
             return beam_search(self, lists, settings)
         rows: list[list[Row]] = []
         given: Counter[tuple[int, ...]] = Counter()
-        for prompt in lists:
-            rows.append([Row(self, prompt, settings, given[tuple(prompt)] + sample, sample) for sample in range(settings.n)])
+        for place, prompt in enumerate(lists):
+            own = settings if seeds is None else dataclasses.replace(settings, seed=seeds[place])
+            first = given[tuple(prompt)] if seeds is None else 0
+            rows.append([Row(self, prompt, own, first + sample, sample) for sample in range(settings.n)])
             given[tuple(prompt)] += settings.n
         open_rows = [samples for samples in rows if not samples[0].done]
         with self.evaluating(), torch.inference_mode():
@@ -134,6 +142,20 @@ class Engine:
                 batch.leave([row for row in batch.rows if row.done])
                 batch.feed()
         return [[row.completion for row in samples] for samples in rows]
+
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, at_once: int
+    ) -> Iterator[list[tuple[int, list[Completion]]]]:
+        """Replies to any number of prompts, `at_once` of like length together: batches of (number of the prompt, its completions).
+
+        With settings.seed every prompt has draws of its own, whatever batch it is in.
+        """
+        seeds = None if settings.seed is None else prompt_seeds(settings.seed, len(prompts))
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        for start in range(0, len(order), at_once):
+            part = order[start : start + at_once]
+            own = None if seeds is None else [seeds[number] for number in part]
+            yield list(zip(part, self.generate([prompts[number] for number in part], settings, own), strict=True))
 
     def stream(self, ids: Sequence[int], settings: SamplingSettings, cache: PromptCache | None = None) -> Iterator[Piece]:
         """The reply to one prompt as it comes, one piece or more per token; the last piece carries finish_reason.

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -373,6 +374,11 @@ def choose(logits: Tensor, greedy: bool, generators: Sequence[torch.Generator] |
         return torch.multinomial(probabilities, 1).squeeze(1)
     draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities.split(1), generators, strict=True)]
     return torch.cat(draws).squeeze(1)
+
+
+def prompt_seeds(seed: int, count: int) -> list[int]:
+    """A seed for each of `count` prompts. Prompts with one seed draw alike: their samples are not independent of each other."""
+    return (np.random.Philox(key=[seed, 0]).random_raw(count) >> np.uint64(2)).tolist()
 
 
 def row_generator(seed: int, sample: int, device: torch.device) -> torch.Generator:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from model.transformer import SmartHaoAI
 
 GENERATION_FILE = "generation_config.json"
+STAGES = ("pretrain", "sft", "lora", "reward", "dpo", "ppo", "grpo", "distill")  # their results lie in folders of these names
 RESULTS_FOLDER = "weight"  # local by convention: a name in it is never looked up online
 EXPERTS_END = "mlp.shared_expert.down_proj.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -253,8 +254,8 @@ def find_model(path: str | Path) -> Path:
     if folder.exists() or Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
         raise FileNotFoundError(f"{folder} is not a model directory: it has no {CONFIG_FILE}")
     if folder.parts[0] == RESULTS_FOLDER:
-        stage = folder.name if folder.name in ("pretrain", "sft") else "pretrain"
-        raise FileNotFoundError(f"there is no model at {folder}; train it first: `python -m train.train_{stage}`, or name another model")
+        how = f"train it first: `python -m train.train_{folder.name}`, or " if folder.name in STAGES else ""
+        raise FileNotFoundError(f"there is no model at {folder}; {how}name another model")
     if folder.parent.is_dir():
         raise FileNotFoundError(f"there is no model at {folder} (its folder {folder.parent} exists, this name does not)")
     try:

@@ -44,11 +44,18 @@ def test_one_command_and_going_on(
         *"train.precision=fp32 train.threads=1 data.max_length=96 train.max_steps=2 train.batch_size=4 train.log_every=1".split(),
         *"train.eval_every=0 rollout.prompts=8 rollout.max_new_tokens=8 rollout.eval_prompts=4".split(),
     ]
+    monkeypatch.setattr(train_rlhf, "reward", None)  # what is wrong is said before the first stage
+    out = tmp_path / "out" / "reward"
+    for wrong, message in ((f"ppo.out_dir={out}", "are both"), ("lora.targets=nose", "nose")):
+        with pytest.raises((UsageError, ValueError), match=message):
+            rlhf(parse_command_line(RLHFConfig, for_stages([*words, "lora.r=2", wrong])))
+    assert not out.exists()
+    monkeypatch.undo()
     said: list[str] = []
     log: Any = lambda text: said.append(str(text))  # noqa: E731
     assert rlhf(parse_command_line(RLHFConfig, for_stages(words)), log) == 0
     RewardModel.from_pretrained(tmp_path / "out" / "reward")
-    rows = read_jsonl(tmp_path / "out" / "ppo" / "metrics.jsonl")
+    rows = [row for row in read_jsonl(tmp_path / "out" / "ppo" / "metrics.jsonl") if row["step"]]
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["ratio"] == 1.0 and rows[0]["kl"] == 0.0
     assert rows[0]["reward_model"] is not None
     with pytest.raises(UsageError, match="already holds a run"):

@@ -1,6 +1,6 @@
 """Does alignment help? Every stage from one chat model, with several seeds, measured before and after on the same held-out questions.
 
-    python -m tools.alignment_study weight/sft --conversations FILE [--text FILE ...] [--seeds 3] [--only STAGE ...] [--out FOLDER]
+    python -m tools.alignment_study weight/sft --conversations FILE [--unseen FILE] [--text FILE ...] [--seeds 3] [--only STAGE ...]
 
 FILE holds the conversations that the chat model learned from. Stages:
 
@@ -9,7 +9,8 @@ FILE holds the conversations that the chat model learned from. Stages:
     reward      a reward model from pairs of the reasoning model's own answers, a right one against a wrong one
     dpo         on the same pairs
     ppo         by the reward model of the first seed
-    distil      a smaller student from few conversations: with the chat model as its teacher, and without
+    distil      a smaller student from few conversations: with the chat model as its teacher, and without; measured on --unseen, else
+                on conversations that the teacher has learned from
 
 What is finished is kept: the same command goes on after a stop. OUT/report.md has a table for each stage. Hours on two CPU cores.
 """
@@ -17,6 +18,7 @@ What is finished is kept: the same command goes on after a stop. OUT/report.md h
 from __future__ import annotations
 
 import argparse
+import json
 import lzma
 import subprocess
 import sys
@@ -45,6 +47,8 @@ class Study:
     out: Path
     seeds: int
     threads: int
+    unseen: str | None = None
+    """Conversations that the chat model did not learn from; None: the students are measured on some that it did."""
     log: Callable[[str], object] = print
 
     @property
@@ -71,25 +75,31 @@ class Study:
 
     @property
     def questions(self) -> Path:
-        """Tasks that no stage has seen the answers of, for the model to answer; what is held out of `tasks` is not in them."""
+        """Tasks for the model to answer, none of which is among `tasks`, for training or held out."""
         return self.out / "questions"
 
     # ------------------------------------------------------------------ data
 
     def prepare(self) -> None:
-        """Tasks and the few conversations, unless they are there."""
-        for folder, style in ((self.tasks, ["--style", "both"]), (self.questions, ["--style", "think", "--seed", "1"])):
-            if not (folder / "train.jsonl").is_file():
-                self._call("tools.make_reasoning", str(folder), "--rows", "20000", *style)
-        if not self.few.is_file():
-            lines = _lines(Path(self.conversations), FEW + HELD_OUT)
+        """Tasks and the few conversations, unless they are there. Raises ValueError for too few conversations."""
+        if not (self.tasks / "train.jsonl").is_file():
+            self._call("tools.make_reasoning", str(self.tasks), "--rows", "20000", "--style", "both")
+        if not self.questions.is_dir():
+            made = self.out / "questions.made"
+            self._call("tools.make_reasoning", str(made), "--rows", "20000", "--style", "think", "--seed", "1")
+            _leave_out(made, self.tasks)
+            made.rename(self.questions)
+        if not self.held_out.is_file():
+            learned, unseen = self.conversations, self.unseen or self.conversations
+            lines = _lines(Path(learned), FEW if self.unseen else FEW + HELD_OUT)
             atomic_write_text(self.few, "".join(lines[:FEW]))
-            atomic_write_text(self.held_out, "".join(lines[FEW:]))
+            atomic_write_text(self.held_out, "".join(_lines(Path(unseen), HELD_OUT) if self.unseen else lines[FEW:]))
 
     def make_pairs(self) -> None:
         """Right against wrong answers of the reasoning model, unless they are there."""
         if not self.pairs.is_file():
-            sampling = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "96", "--limit", "4000"]
+            sampling = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "72"]
+            sampling += ["--limit", "16000"]
             asked = ["--prompts", f"{self.questions}/train.jsonl", "--by", "rule", "--rule", "exact"]
             self._call("tools.make_preferences", str(self.folder("reasoning", 0)), str(self.pairs), *asked, *sampling)
 
@@ -99,16 +109,17 @@ class Study:
         """Module and settings of a stage; those that are not named are the stage's own."""
         mixture = f"data.sft_file=[{self.tasks}/train.jsonl, {{path: {self.conversations}, weight: 0.3}}]"
         valid, start = f"data.val_file={self.tasks}/valid.jsonl", f"model_dir={self.folder('reasoning', 0)}"
-        rollouts = [f"data.prompt_file={self.questions}/train.jsonl", valid, "rollout.max_new_tokens=72", "rollout.eval_prompts=200"]
-        steps = ["train.max_steps=160", "train.eval_every=40"]
-        pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.15", "train.epochs=2", "train.eval_every=30"]
+        asked = [f"data.prompt_file={self.questions}/train.jsonl", f"data.val_file={self.questions}/valid.jsonl"]
+        rollouts = [*asked, "rollout.max_new_tokens=72", "rollout.eval_prompts=200"]
+        steps = ["train.max_steps=150", "train.eval_every=50"]
+        pairs = [f"data.preference_file={self.pairs}", "data.val_share=0.1", "train.eval_every=50"]
         few = [f"data.sft_file={self.few}", f"data.val_file={self.held_out}", "train.epochs=8", "train.eval_every=50"]
         student = ["--preset", "nano", "model.n_layer=3", f"tokenizer_dir={self.model}", *few]
         return {
             "reasoning": ("train.train_sft", ["--preset", "nano", mixture, valid, f"model_dir={self.model}", "train.max_steps=500"]),
             "grpo": ("train.train_grpo", [*rollouts, start, *steps]),
-            "reward": ("train.train_reward", [*pairs, start]),
-            "dpo": ("train.train_dpo", [*pairs, start]),
+            "reward": ("train.train_reward", [*pairs, start, "train.epochs=3"]),
+            "dpo": ("train.train_dpo", [*pairs, start, "train.epochs=1"]),
             "ppo": ("train.train_ppo", [*rollouts, start, f"reward_model_dir={self.folder('reward', 0)}", *steps]),
             "distil": ("train.train_distill", [*student, f"teacher_dir={self.model}"]),
             "distil_alone": ("train.train_distill", [*student, "teacher_dir=none"]),
@@ -148,7 +159,8 @@ class Study:
             return self._reward_table()
         if not file.is_file():
             tasks, start = ["--tasks", str(self.tasks), "--limit", "600"], [str(self.folder("reasoning", 0))]
-            judged = [*tasks, "--probes", "20", "--reward-model", str(self.folder("reward", 0))]
+            judge = self.folder("reward", 0)
+            judged = [*tasks, "--probes", "20", *(["--reward-model", str(judge)] if (judge / "report.md").is_file() else [])]
             before, more = {
                 "reasoning": ([self.model], [*tasks, "--probes", "20"]),
                 "grpo": (start, judged),
@@ -186,9 +198,28 @@ def run(study: Study, only: Sequence[str] = STAGES) -> None:
 
 
 def _lines(path: Path, count: int) -> list[str]:
+    """The first lines of a file. Raises ValueError when it has fewer."""
     opener = lzma.open if path.suffix == ".xz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        return [line for _, line in zip(range(count), file, strict=False)]
+        lines = [line for _, line in zip(range(count), file, strict=False)]
+    if len(lines) < count:
+        raise ValueError(f"{path} has {len(lines):,} conversations, {count:,} are needed")
+    return lines
+
+
+def _leave_out(folder: Path, others: Path) -> None:
+    """Take the questions that also stand in `others` out of the files of `folder`."""
+    seen = {_question(line) for file in others.glob("*.jsonl") for line in _read(file)}
+    for file in folder.glob("*.jsonl"):
+        atomic_write_text(file, "".join(line for line in _read(file) if _question(line) not in seen))
+
+
+def _read(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def _question(line: str) -> str:
+    return str(json.loads(line)["messages"][0]["content"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("model", metavar="DIR", help="the chat model that every stage begins with")
     parser.add_argument("--conversations", required=True, metavar="FILE", help="conversations whose questions are asked again (.jsonl)")
+    parser.add_argument("--unseen", metavar="FILE", help="conversations that it did not learn from, to measure the students of distil on")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held-out texts for bits per byte")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each stage (default 3)")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="these stages alone")
@@ -206,7 +238,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error("--seeds needs a number from 1")
-    run(Study(options.model, options.conversations, options.text, options.out, options.seeds, options.threads), options.only)
+    run(
+        Study(options.model, options.conversations, options.text, options.out, options.seeds, options.threads, options.unseen), options.only
+    )
 
 
 if __name__ == "__main__":

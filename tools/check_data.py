@@ -181,10 +181,10 @@ def marked_tokens(sample: Sample, tokenizer: BPETokenizer) -> list[tuple[list[in
         ids = [*tokenizer.encode(sample.text), tokenizer.document_end_id]
         return [(ids, [True] * len(ids))]
     if isinstance(sample, Conversation):
-        rendered = tokenizer.render(sample.messages, sample.tools)
+        rendered = tokenizer.render(sample.messages, sample.tools, enable_thinking=sample.thinking)
         return [(rendered.ids, rendered.loss_mask)]
     answers = (sample.chosen, sample.rejected) if isinstance(sample, Preference) else (sample.completion,)
-    return [answer_ids(sample.prompt, answer, sample.tools, tokenizer) for answer in answers]
+    return [answer_ids(sample, answer, tokenizer) for answer in answers]
 
 
 def count_duplicates(reports: Iterable[FileReport]) -> int:

@@ -81,13 +81,10 @@ def probe_replies(
     prompts = [tokenizer.render(probe.messages, add_generation_prompt=True).ids for probe in asked]
     engine = Engine(model, tokenizer)
     settings = settings or SamplingSettings(max_new_tokens=PROBE_TOKENS, temperature=0.0)
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].kind, len(prompts[i])))
-    answers: dict[int, tuple[Probe, Completion]] = {}
-    for start in tqdm(range(0, len(order), PROBE_BATCH), desc="probes", unit="batch", leave=False, disable=None):
-        part = order[start : start + PROBE_BATCH]
-        for index, completions in zip(part, engine.generate([prompts[i] for i in part], settings), strict=True):
-            answers[index] = (asked[index], completions[0])
-    return [answers[i] for i in range(len(asked))]
+    batches = engine.generate_many(prompts, settings, PROBE_BATCH)
+    bar = tqdm(batches, "probes", -(-len(asked) // PROBE_BATCH), unit="batch", leave=False, disable=None)
+    answers = {index: replies[0] for batch in bar for index, replies in batch}
+    return [(probe, answers[index]) for index, probe in enumerate(asked)]
 
 
 def probe_table(result: dict[str, Any]) -> str:

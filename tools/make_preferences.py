@@ -27,6 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from inference import Completion, Engine, SamplingSettings
+from inference.sampling import prompt_seeds
 from model.checkpoint import find_model
 from model.files import temporary_name
 from model.reward import RewardModel, check_same_vocabulary
@@ -98,12 +99,13 @@ def make_pairs(
     minutes: begin no batch after so long; 0: ask them all.
     """
     step = max(1, at_once // settings.n)
+    seeds = None if settings.seed is None else prompt_seeds(settings.seed, len(prompts))
     started = time.monotonic()
     for start in tqdm(range(0, len(prompts), step), desc="answering", leave=False, disable=None):
         if minutes and time.monotonic() - started > 60 * minutes:
             return
         part = prompts[start : start + step]
-        replies = engine.generate([prompt.ids for prompt in part], settings)
+        replies = engine.generate([prompt.ids for prompt in part], settings, seeds and seeds[start : start + step])
         scores = iter(judge([(prompt, reply) for prompt, group in zip(part, replies, strict=True) for reply in group]))
         for prompt, group in zip(part, replies, strict=True):
             scored = [(reply, next(scores)["reward"]) for reply in group]
@@ -167,7 +169,11 @@ def _row(
 def _asked(prompt: Prompt) -> dict[str, Any]:
     alone = len(prompt.messages) == 1 and prompt.messages[0]["role"] == "user"
     row: dict[str, Any] = {"prompt": prompt.messages[0]["content"] if alone else prompt.messages}
-    return {**row, "tools": prompt.tools} if prompt.tools else row
+    if prompt.tools:
+        row["tools"] = prompt.tools
+    if prompt.thinking is not None:
+        row["chat_template_kwargs"] = {"enable_thinking": prompt.thinking}
+    return row
 
 
 def _answer(text: str, thought: str) -> str | list[Message]:

@@ -37,7 +37,7 @@ class Checked(Protocol):
 
 
 Settings = TypeVar("Settings", bound=Checked)
-SYNONYMS = {  # names of other programs
+SYNONYMS: dict[str, str | tuple[str, ...]] = {  # names of other programs; of several those that the stage knows
     "lr": "train.lr",
     "learning_rate": "train.lr",
     "gradient_clip": "train.clip",
@@ -53,6 +53,33 @@ SYNONYMS = {  # names of other programs
     "hidden_size": "model.n_embd",
     "num_hidden_layers": "model.n_layer",
     "num_attention_heads": "model.n_head",
+    "per_device_train_batch_size": "train.batch_size",
+    "num_generations": "rollout.samples",
+    "max_completion_length": "rollout.max_new_tokens",
+    "response_length": "rollout.max_new_tokens",
+    "max_prompt_length": "data.max_length",
+    "beta": ("dpo.beta", "grpo.beta"),
+    "rpo_alpha": "dpo.nll_coef",
+    "desirable_weight": "dpo.wanted_weight",
+    "undesirable_weight": "dpo.unwanted_weight",
+    "loss_type": ("dpo.loss", "grpo.loss"),
+    "epsilon": "grpo.clip_low",
+    "epsilon_high": "grpo.clip_high",
+    "num_iterations": "grpo.epochs",
+    "cliprange": "ppo.clip",
+    "cliprange_value": "ppo.value_clip",
+    "vf_coef": "ppo.value_coef",
+    "init_kl_coef": "ppo.kl_coef",
+    "num_ppo_epochs": "ppo.epochs",
+    "missing_eos_penalty": "ppo.missing_end",
+    "center_rewards_coefficient": "reward.centre_coef",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "use_dora": "lora.dora",
+    "use_rslora": "lora.rslora",
+    "lora_target": "lora.targets",
+    "target_modules": "lora.targets",
 }
 FLAGS = ("resume", "overwrite", "dry_run")
 
@@ -293,9 +320,10 @@ def _field_names(settings: Any) -> list[str]:
 
 
 def unknown(name: str, known: list[str]) -> UsageError:
-    meant = SYNONYMS.get(name.split(".")[-1].lower())
-    if meant:
-        return UsageError(f"unknown setting {name!r}; did you mean {meant}?")
+    meant = SYNONYMS.get(name.split(".")[-1].lower(), ())
+    there = [setting for setting in ([meant] if isinstance(meant, str) else meant) if setting in known or setting.startswith("model.")]
+    if there:
+        return UsageError(f"unknown setting {name!r}; did you mean {' or '.join(there)}?")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
     return UsageError(f"unknown setting {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else "see --help"))
 

@@ -105,6 +105,12 @@ class DPOConfig:
     """kto: weight of the answers that are not."""
 
 
+def require_model(settings: StageConfig) -> None:
+    """For stages that change how a finished model answers."""
+    wanted = "a chat model to start from, for example weight/sft"
+    require(settings.model_dir is not None, "model_dir", settings.model_dir, wanted)
+
+
 DPO_BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 
 
@@ -122,6 +128,7 @@ class DPOStageConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
+        require_model(self)
         require(self.dpo.loss in DPO_BETAS, "dpo.loss", self.dpo.loss, " | ".join(DPO_BETAS))
         for name in ("beta", "nll_coef", "wanted_weight", "unwanted_weight"):
             require(getattr(self.dpo, name) >= 0, f"dpo.{name}", getattr(self.dpo, name), "0 or more")
@@ -157,6 +164,7 @@ class RewardStageConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
+        require_model(self)
         require(not self.lora.r, "lora.r", self.lora.r, "0: a reward model is trained as a whole")
         for name in ("margin_coef", "centre_coef"):
             require(getattr(self.reward, name) >= 0, f"reward.{name}", getattr(self.reward, name), "0 or more")
@@ -178,16 +186,17 @@ class RolloutConfig:
     temperature: float = 1.0
     """Of sampling; log-probabilities are taken at the same temperature."""
     thinking: bool | None = None
-    """false: the thinking is closed before it starts; none: as the model decides."""
+    """false: the thinking is closed before it starts; true: left to the model; none: as each row of the data says."""
     batch_size: int = 64
     """Answers generated together."""
     eval_prompts: int = 64
-    """Held-out questions per evaluation, answered greedily."""
+    """Held-out questions per evaluation, answered greedily; 0: no evaluation."""
 
     def check(self, max_length: int) -> None:
         """max_length: tokens of a question and its answer together."""
         for name in ("prompts", "samples", "max_new_tokens", "batch_size"):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1")
+        require(self.eval_prompts >= 0, "rollout.eval_prompts", self.eval_prompts, "0 or more")
         require(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
         room = f"below data.max_length={max_length}, which has to hold the question, too"
         require(self.max_new_tokens < max_length, "rollout.max_new_tokens", self.max_new_tokens, room)
@@ -271,9 +280,11 @@ class PPOStageConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
+        require_model(self)
         self.rollout.check(self.data.max_length)
         require(self.ppo.epochs >= 1, "ppo.epochs", self.ppo.epochs, "at least 1")
-        require(self.ppo.clip > 0, "ppo.clip", self.ppo.clip, "above 0")
+        for name in ("clip", "alarm_kl"):
+            require(getattr(self.ppo, name) > 0, f"ppo.{name}", getattr(self.ppo, name), "above 0")
         require(self.ppo.kl in ("k1", "k2", "k3"), "ppo.kl", self.ppo.kl, "k1 | k2 | k3")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self.ppo, name) <= 1, f"ppo.{name}", getattr(self.ppo, name), "in [0, 1]")
@@ -283,7 +294,7 @@ class PPOStageConfig(StageConfig):
         require(self.ppo.kl_horizon >= 1, "ppo.kl_horizon", self.ppo.kl_horizon, "at least 1")
 
 
-GRPO_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
+GRPO_KINDS = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 
 
 @dataclass
@@ -301,17 +312,18 @@ class GRPOStageConfig(StageConfig):
     data: DataConfig = field(default_factory=lambda: DataConfig(val_share=0.03))
     train: OptimizationConfig = field(
         default_factory=lambda: aligning(
-            lr=5e-5, schedule="constant", warmup_steps=4, batch_size=64, accumulation_steps=2, log_every=2, eval_every=20
+            lr=1.5e-4, schedule="linear", warmup_steps=4, batch_size=64, accumulation_steps=4, log_every=2, eval_every=20
         )
     )
 
     def check(self) -> None:
         super().check()
+        require_model(self)
         self.rollout.check(self.data.max_length)
         require(self.rollout.samples >= 2, "rollout.samples", self.rollout.samples, "at least 2: answers are compared with each other")
-        require(self.grpo.loss in GRPO_LOSSES, "grpo.loss", self.grpo.loss, " | ".join(GRPO_LOSSES))
+        require(self.grpo.loss in GRPO_KINDS, "grpo.loss", self.grpo.loss, " | ".join(GRPO_KINDS))
         require(self.grpo.epochs >= 1, "grpo.epochs", self.grpo.epochs, "at least 1")
-        for name in ("clip_low", "clip_high"):
+        for name in ("clip_low", "clip_high", "alarm_kl"):
             require(getattr(self.grpo, name) > 0, f"grpo.{name}", getattr(self.grpo, name), "above 0")
         for name in ("beta", "resample"):
             require(getattr(self.grpo, name) >= 0, f"grpo.{name}", getattr(self.grpo, name), "0 or more")

@@ -257,13 +257,14 @@ def labelled_documents(batch: Batch) -> list[tuple[bytes, int]]:
     return found
 
 
-def cache_folder(store_dir: str | Path, teacher_dir: str | Path, temperature: float, top_k: int) -> Path:
-    """Where the distributions of a teacher are kept: found by the bytes of its weights, the temperature and k."""
+def cache_folder(store_dir: str | Path, teacher_dir: str | Path, size: int, temperature: float, top_k: int) -> Path:
+    """Where the distributions of a teacher are kept: found by the bytes of its weights, the number of tokens that it shares with the
+    student, the temperature and k."""
     folder = find_model(teacher_dir)
     digest = hashlib.blake2b(digest_size=10)
     for file in [folder / CONFIG_FILE, *sorted(folder.glob("*.safetensors"))]:
         digest.update(file_digest(file))
-    return Path(store_dir) / f"teacher-{digest.hexdigest()}-k{top_k}-t{temperature:g}"
+    return Path(store_dir) / f"teacher-{digest.hexdigest()}-v{size}-k{top_k}-t{temperature:g}"
 
 
 # ---------------------------------------------------------------- vocabulary and structure

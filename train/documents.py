@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 from model.tokenizer import BPETokenizer
 from train.formats import Judged, Message, Preference, RowError, Sample
 
-Tools = list[dict[str, Any]] | None
-
 
 class Document(NamedTuple):
     """One sequence of a token store."""
@@ -44,8 +42,8 @@ def as_judged(sample: Sample) -> list[Judged]:
         return [sample]
     if isinstance(sample, Preference):
         return [
-            Judged(sample.prompt, sample.chosen, True, sample.tools),
-            Judged(sample.prompt, sample.rejected, False, sample.tools),
+            Judged(sample.prompt, sample.chosen, True, sample.tools, sample.thinking),
+            Judged(sample.prompt, sample.rejected, False, sample.tools, sample.thinking),
         ]
     raise RowError(f"expected {{prompt, completion, label}} or {{prompt, chosen, rejected}}, found {type(sample).__name__.lower()}")
 
@@ -56,9 +54,9 @@ def encode_pairs(rows: list[tuple[int, Preference]], tokenizer: BPETokenizer, sh
 
 
 def _pair(line: int, row: Preference, tokenizer: BPETokenizer, share: float) -> list[Document] | str:
-    is_val = held_out(_prompt_key(row.prompt, row.tools), share)
+    is_val = held_out(prompt_key(row.prompt, row.tools), share)
     try:
-        sides = [answer_ids(row.prompt, said, row.tools, tokenizer) for said in (row.chosen, row.rejected)]
+        sides = [answer_ids(row, said, tokenizer) for said in (row.chosen, row.rejected)]
     except ValueError as error:
         return str(error)
     documents = [Document(is_val, ids, mask, line, row.margin) for ids, mask in sides]
@@ -70,7 +68,7 @@ def _pair(line: int, row: Preference, tokenizer: BPETokenizer, share: float) -> 
 def encode_judged(rows: list[tuple[int, list[Judged]]], tokenizer: BPETokenizer, share: float) -> Encoded:
     """Two documents of every judged answer, the second with the next answer in the file that was given to another prompt."""
     answers = [(line, row) for line, judged in rows for row in judged]
-    keys = [_prompt_key(row.prompt, row.tools) for _, row in answers]
+    keys = [prompt_key(row.prompt, row.tools) for _, row in answers]
     encoded: Encoded = []
     for index, (line, row) in enumerate(answers):
         following = [*range(index + 1, len(answers)), *range(index)]
@@ -78,7 +76,7 @@ def encode_judged(rows: list[tuple[int, list[Judged]]], tokenizer: BPETokenizer,
         is_val = held_out(keys[index], share)
         try:
             documents = [
-                Document(is_val, *answer_ids(row.prompt, said, row.tools, tokenizer), line, float(row.label))
+                Document(is_val, *answer_ids(row, said, tokenizer), line, float(row.label))
                 for said in (row.completion, answers[other][1].completion)
             ]
         except ValueError as error:
@@ -88,17 +86,19 @@ def encode_judged(rows: list[tuple[int, list[Judged]]], tokenizer: BPETokenizer,
     return encoded
 
 
-def answer_ids(prompt: list[Message], answer: list[Message], tools: Tools, tokenizer: BPETokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens of a prompt and an answer to it, and which of them are the answer's (its end token included).
+def answer_ids(row: Preference | Judged, answer: list[Message], tokenizer: BPETokenizer) -> tuple[list[int], list[bool]]:
+    """Tokens of a row's prompt and an answer to it, and which of them are the answer's (its end token included).
 
     Raises ValueError when the chat template cannot write them.
     """
-    messages = prompt + answer
-    rendered = tokenizer.render(messages, tools, learn=set(range(len(prompt), len(messages))))
+    messages = row.prompt + answer
+    learn = set(range(len(row.prompt), len(messages)))
+    rendered = tokenizer.render(messages, row.tools, enable_thinking=row.thinking, learn=learn)
     if not rendered.answer_end:
         raise ValueError("the chat template shows nothing of the answer")
     return rendered.ids[: rendered.answer_end], rendered.loss_mask[: rendered.answer_end]
 
 
-def _prompt_key(prompt: list[Message], tools: Tools) -> bytes:
+def prompt_key(prompt: list[Message], tools: list[dict[str, Any]] | None) -> bytes:
+    """What decides whether a question is held out: the same in every stage that asks it."""
     return json.dumps([prompt, tools], ensure_ascii=False, sort_keys=True).encode("utf-8")

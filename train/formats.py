@@ -7,7 +7,7 @@ Unusable rows are in `bad`, with file, line and reason. Formats (other fields su
   {"instruction", "input", "output"}   {"system", "user", "assistant"}   {"system", "user", "cot", "final"}
   {"question", "answer"} (GSM8K; the answer as it stands, with the steps and the "#### 42" behind them)
   {"prompt", "chosen", "rejected"}   {"prompt", "completion", "label"}
-A conversation with {"chat_template_kwargs": {"enable_thinking": false}} is an answer to a question asked with the thinking closed.
+A row with {"chat_template_kwargs": {"enable_thinking": false}} answers a question asked with the thinking closed.
 Decisions: two turns of one role in a row are kept as they are (merging would change what was said); an assistant may
 open a conversation, but some user must speak; an empty system prompt counts as none; a conversation with a true/false
 "label" is a judged answer, because teaching the bad ones would be wrong.
@@ -177,7 +177,7 @@ def _preference_row(row: Row) -> Preference:
             raise RowError(f"{name} continues with a {turns[0]['role']} turn, expected the assistant")
     if chosen == rejected:
         raise RowError("chosen and rejected are the same")
-    return Preference(prompt, chosen, rejected, tools, _margin(row.get("margin", 0.0)))
+    return Preference(prompt, chosen, rejected, tools, _margin(row.get("margin", 0.0)), _thinking(row, chosen[-1], rejected[-1]))
 
 
 def _judged_row(row: Row) -> Judged:
@@ -194,7 +194,7 @@ def _judged_row(row: Row) -> Judged:
     _check_prompt(prompt, "prompt")
     if completion[0]["role"] != "assistant":
         raise RowError(f"the judged turn is a {completion[0]['role']} turn, expected the assistant")
-    return Judged(prompt, completion, _label(row["label"]), tools)
+    return Judged(prompt, completion, _label(row["label"]), tools, _thinking(row, completion[-1]))
 
 
 _FORMATS = (
@@ -275,7 +275,7 @@ def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None, r
     return Conversation(messages, tools, _thinking(row, messages[-1]))
 
 
-def _thinking(row: Row, last: Message) -> bool | None:
+def _thinking(row: Row, *answers: Message) -> bool | None:
     """The switch of a row as TRL's data sets have it: {"chat_template_kwargs": {"enable_thinking": false}}."""
     arguments = parsed_json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
@@ -283,7 +283,7 @@ def _thinking(row: Row, last: Message) -> bool | None:
     thinking = arguments.get("enable_thinking")
     if not isinstance(thinking, bool | None):
         raise RowError(f"chat_template_kwargs.enable_thinking is {str(thinking)[:40]!r}, expected true or false")
-    if thinking is False and (last.get("reasoning_content") or "").strip():
+    if thinking is False and any((answer.get("reasoning_content") or "").strip() for answer in answers):
         raise RowError("chat_template_kwargs.enable_thinking is false, but the answer has reasoning_content")
     return thinking
 

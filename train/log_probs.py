@@ -37,17 +37,9 @@ class LogProbs:
         """Log-probability of each completion, (S,); 0 for one without tokens."""
         return sequence_sums(self.values, self.sequence, self.count)
 
-    def means(self) -> Tensor:
-        """The same over the completion's length, (S,)."""
-        return self.sums() / self.lengths().clamp(min=1)
-
     def lengths(self) -> Tensor:
         """Labelled tokens of each sequence, (S,) long."""
         return torch.bincount(self.sequence, minlength=self.count)
-
-    def padded(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """values (N,) one sequence a row, (S, L) with zeros behind, and the mask (S, L) of what is real; rows[mask] are the values."""
-        return pad_sequences(values, self.lengths())
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, count: int) -> Tensor:

@@ -23,7 +23,7 @@ from train.checkpoints import load_state, newest_checkpoint, restore, save_check
 from train.config import StageConfig, to_yaml
 from train.data import Batch, BatchSource
 from train.metrics import LossFunction, MetricsLog, StepResult, Window
-from train.optim import Muon, build_optimizers, lr_factor
+from train.optim import RATE, Muon, build_optimizers, lr_factor
 from train.plotting import plot_loss
 from train.runtime import (
     Precision,
@@ -69,6 +69,7 @@ class _Progress:
     precision_reason: str = ""
     skipped: int = 0
     replanned: float = 0.0
+    preparing: float = 0.0
 
     @property
     def done(self) -> float:
@@ -140,7 +141,6 @@ class _Fit:
             self.log(f"resuming from {checkpoint} at step {self.state.step}")
         else:
             self._plan()
-            self._prepare()
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 optimizer.compute_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
@@ -163,7 +163,7 @@ class _Fit:
         )
 
     def _plan(self) -> None:
-        """Decide once what is measured: precision, and the number of steps of a time budget."""
+        """Decide once what is measured: precision, and the number of steps of a time budget (of what preparing the stage leaves)."""
         measured = self.train.precision == "auto" or (self.train.max_minutes and not self.train.max_steps)
         cursor, random = self.batches.state_dict(), torch.get_rng_state()
         if measured:  # a batch of rollouts is dear
@@ -178,6 +178,9 @@ class _Fit:
 
         self.precision = choose_precision(self.train, self.device, lambda: forward_backward(probe))
         self.state.precision, self.state.precision_reason = self.precision.name, self.precision.reason
+        start = time.perf_counter()
+        self._prepare()
+        self.state.preparing = time.perf_counter() - start
         rows_per_step = self.train.batch_size * self.train.accumulation_steps
         if self.train.max_steps:
             self.state.total_steps = self.train.max_steps
@@ -189,7 +192,7 @@ class _Fit:
                     forward_backward(batch)
                     times.append(time.perf_counter() - start)
             per_step = (min(times[2::2]) + min(times[3::2])) / 2 * self.train.accumulation_steps
-            self.state.total_steps = max(1, int(self.train.max_minutes * 60 * BUDGET_RESERVE / per_step))
+            self.state.total_steps = max(1, int(self._budget * BUDGET_RESERVE / per_step))
         else:
             self.state.total_steps = max(1, round(self.train.epochs * self.batches.rows_per_epoch() / rows_per_step))
         torch.set_rng_state(random)
@@ -202,9 +205,15 @@ class _Fit:
             self.model.train()
             torch.set_rng_state(random)
 
+    @property
+    def _budget(self) -> float:
+        """Seconds for the steps; 0: there is no time budget. Whatever preparing took, a tenth of the time is for learning."""
+        whole = self.train.max_minutes * 60
+        return max(whole - self.state.preparing, whole / 10)
+
     def _replan(self) -> None:
         """Keep a time budget on a machine whose speed changes: correct the number of steps while the learning rate is still high."""
-        budget = self.train.max_minutes * 60
+        budget = self._budget
         if not budget or self.train.max_steps or self.state.step < 5:
             return
         elapsed = self.state.seconds / budget
@@ -262,7 +271,7 @@ class _Fit:
         lr = self.train.lr * lr_factor(self.train, self.state.step, self.state.total_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get(RATE, 1.0)
         self.lr = lr
         self.model.deep_weight = min(1.0, (1 - self.state.done) / DEEP_FADE)
         micro = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.output import ModelOutput
+from train.config import GRPO_KINDS as GRPO_KINDS
 from train.data import Batch
 
 
@@ -213,9 +214,6 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Te
         advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
     equal = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
     return advantages.masked_fill(equal, 0).flatten()
-
-
-GRPO_KINDS = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 
 
 def grpo_loss(

@@ -21,6 +21,9 @@ NOT_MAPS = (".mlp.gate.weight", ".temperature", ".value_table.weight", ".step_em
 
 
 ADAPTER = ".adapter."
+RATE = "rate"  # a group's own factor on the learning rate
+VALUE_HEAD, VALUE_RATE = "value_head.", 20.0
+"""PPO's value head is new where the policy is finished: at the policy's rate its baseline would come too late to help."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -89,9 +92,11 @@ def build_optimizers(model: torch.nn.Module, settings: OptimizationConfig, devic
     matrices = {n: p for n, p in parameters.items() if p.dim() >= 2}
     inner = {n: p for n, p in matrices.items() if ("layers." in n or "reasoning." in n) and not n.endswith(NOT_MAPS) and ADAPTER not in n}
     muon = inner if settings.optimizer == "muon" else {}
-    decayed = [p for n, p in matrices.items() if n not in muon]
-    plain = [p for n, p in parameters.items() if n not in matrices]
+    values = {n: p for n, p in parameters.items() if n.startswith(VALUE_HEAD)}
+    decayed = [p for n, p in matrices.items() if n not in muon and n not in values]
+    plain = [p for n, p in parameters.items() if n not in matrices and n not in values]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups.append({"params": list(values.values()), "weight_decay": 0.0, RATE: VALUE_RATE})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [g for g in groups if g["params"]],

@@ -44,6 +44,7 @@ class PackedPairs(FittedBlocks):
         log: Callable[[str], object] | None = None,
     ) -> None:
         super().__init__(Documents(store, split, seed, group=2), max(1, (batch_size + 1) // 2), seed)
+        self.batch_size = batch_size
         self.store, self.split_name = store, split
         self.max_length, self.pad_id, self.judged = max_length, pad_id, store.kind == "judged"
         self.units_per_step = max(1, ((rows_per_step or batch_size) + 1) // 2)
@@ -85,8 +86,8 @@ class PackedPairs(FittedBlocks):
             yield self._batch(units)
 
     def rows_per_epoch(self) -> float:
-        """Estimated from how the first block fits."""
-        rows = sum(len(unit) for unit in self.units(0, 0))
+        """Estimated from how the first block fits; in rows of an uneven batch_size, whose batches hold one more."""
+        rows = sum(len(unit) for unit in self.units(0, 0)) * self.batch_size / (2 * self.units_per_batch)
         there = int((self.cuts[self.documents.order(0)[: self.block_size]] >= 0).sum())
         pairs = sum(weight * float((self.cuts[start:stop] >= 0).sum()) for (start, stop), weight in self.documents.ranges)
         return pairs * rows / max(there, 1)

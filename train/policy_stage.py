@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inference import Completion, Engine, SamplingSettings
 from model.checkpoint import find_model
@@ -22,6 +22,7 @@ from train.loop import LossFunction
 from train.metrics import METRICS_FILE, append_event, read_jsonl
 from train.plotting import plot_panels
 from train.prompts import Prompt, read_prompts
+from train.reference import disable_dropout
 from train.rewards import NEED_REFERENCE, NEED_RESULT, Judge, check_weights
 from train.rollout import LOGGED, REWARD, RolloutSource
 from train.runtime import Precision, device_name, format_minutes, timed
@@ -38,6 +39,8 @@ ALARMS = {
     "broken; raise the KL weight or lower train.lr",
     "rewards_collapsed": "every answer of the rollout got the reward {reward:.3g}: there is nothing to learn from them; other questions, "
     "other rewards, or a higher rollout.temperature would differ",
+    "groups_equal": "in each of the {groups} groups all answers got the same reward: nothing is learned from this rollout; harder or "
+    "easier questions, more rollout.samples or a higher rollout.temperature would differ",
 }
 
 
@@ -56,7 +59,7 @@ def run_policy_stage(
     tokenizer, config = begin(settings, log)
     rollout, row_length = settings.rollout, settings.data.max_length
     judge = make_judge(settings, tokenizer)
-    train, held_out = stage_prompts(settings, tokenizer, row_length - rollout.max_new_tokens, judge, log)
+    train, held_out = stage_prompts(settings, tokenizer, log)
     source = make_source(
         tokenizer,
         train,
@@ -80,30 +83,31 @@ def run_policy_stage(
         f"{source.passes} times, {settings.train.batch_size} answers at once"
     )
     log(f"  rewards    {judge.describe()}")
+    device = device_name(settings.train.device)
+    if judge.reward_model is not None:
+        judge.reward_model.to(device)
     model = make_model(settings, config)
     disable_dropout(model)
     source.attach(model)
     if settings.dry_run:
         print_time(settings, model, source, loss_fn, log)
         return 0
-    reference = frozen_model(settings) if own_reference else None
+    reference = frozen_model(settings).to(device) if own_reference else None
     if reference_needed:
         source.reference = lambda inputs: reference_log_probs(reference or model, inputs, rollout.temperature)
 
     def prepare(model: SmartHaoAI, precision: Precision) -> None:
         source.precision = precision
-        for frozen in (reference, judge.reward_model):
-            if frozen is not None:
-                frozen.to(precision.device)
 
     shown = (held_out or train)[:SHOWN_PROMPTS]
+    asked = held_out[: rollout.eval_prompts]
     status = run_stage(
         settings,
         tokenizer,
         model,
         source,
         loss_fn,
-        (lambda model: held_out_rewards(model, tokenizer, held_out[: rollout.eval_prompts], judge)) if held_out else None,
+        (lambda model: held_out_rewards(model, tokenizer, asked, judge)) if asked else None,
         lambda model, tokenizer: [(p.question, spoken(c)) for p, c in greedy(model, tokenizer, shown, rollout.max_new_tokens)],
         data=str(settings.data.prompt_file),
         prepare=prepare,
@@ -124,11 +128,11 @@ def print_time(settings: PolicyConfig, model: SmartHaoAI, source: RolloutSource,
     """--dry-run: the time of the run, from one rollout and one update of a model that is then thrown away; fp32 unless another is set."""
     train, device = settings.train, device_name(settings.train.device)
     model.to(device).train()
-    if source.judge.reward_model is not None:
-        source.judge.reward_model.to(device)
     batches: list[Batch] = []
+    cursor = source.state_dict()
     precision = Precision("fp32" if train.precision == "auto" else train.precision, device, "")
     answering = timed(lambda: batches.append(source.next_batch(0.0).to(device)), device)
+    source.load_state_dict(cursor)
 
     def update() -> None:
         torch.stack([term.total for term in loss_fn(model, batches[0]) if not term.metric]).sum().backward()
@@ -167,11 +171,10 @@ def make_judge(settings: PolicyConfig, tokenizer: BPETokenizer) -> Judge:
     return Judge(weights, settings.rollout.max_new_tokens, reward_model, missing_end, tokenizer.pad_token_id)
 
 
-def stage_prompts(
-    settings: PolicyConfig, tokenizer: BPETokenizer, longest: int, judge: Judge, log: Log
-) -> tuple[list[Prompt], list[Prompt]]:
+def stage_prompts(settings: PolicyConfig, tokenizer: BPETokenizer, log: Log) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to learn on and held-out ones: data.val_file's, else what data.val_share keeps back."""
-    data = settings.data
+    data, weights = settings.data, check_weights(settings.rewards)
+    longest = data.max_length - settings.rollout.max_new_tokens
 
     def read(spec: Any, share: float) -> tuple[list[Prompt], list[Prompt]]:
         return read_prompts(
@@ -179,8 +182,8 @@ def stage_prompts(
             tokenizer,
             longest,
             val_share=share,
-            answered=any(name in NEED_REFERENCE for name in judge.weights),
-            verifiable=any(name in NEED_RESULT for name in judge.weights),
+            answered=any(name in NEED_REFERENCE for name in weights),
+            verifiable=any(name in NEED_RESULT for name in weights),
             thinking=settings.rollout.thinking,
             strict=data.strict,
             log=log,
@@ -193,8 +196,7 @@ def stage_prompts(
 
 def frozen_model(settings: PolicyConfig) -> SmartHaoAI:
     """The model that the run started from, read again: on --resume the policy has moved on."""
-    if settings.model_dir is None:
-        raise UsageError("model_dir is empty: the policy starts from a chat model, for example model_dir=weight/sft")
+    assert settings.model_dir is not None  # the settings were checked
     model = SmartHaoAI.from_pretrained(settings.model_dir)
     disable_dropout(model)
     return model.requires_grad_(False)
@@ -209,15 +211,6 @@ def reference_log_probs(model: SmartHaoAI, inputs: dict[str, Tensor], temperatur
         return completion_log_probs(model, inputs, temperature).values
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """With dropout on, two forward passes differ, and no ratio would be 1."""
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0  # type: ignore[assignment]
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
 class Alarms:
     """Writes trouble to events.jsonl, and says it the first time it comes."""
 
@@ -226,8 +219,7 @@ class Alarms:
         self.said: set[str] = set()
 
     def __call__(self, step: int, kind: str, details: dict[str, Any]) -> None:
-        if self.out_dir.is_dir():  # not in a trial before the run begins
-            append_event(self.out_dir, step, kind, **details)
+        append_event(self.out_dir, step, kind, **details)
         if kind in ALARMS and kind not in self.said:
             self.said.add(kind)
             self.log(f"warning: step {step}: " + ALARMS[kind].format(**details))

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from inference.answers import checkable
 from model.tokenizer import BPETokenizer
+from train.documents import held_out, prompt_key
 from train.formats import (
     ANSWER_FIELDS,
     BadRows,
@@ -28,7 +27,6 @@ from train.formats import (
     read_samples,
     recognise,
 )
-from train.store import held_out
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Prompt:
     tools: list[dict[str, Any]] | None = field(default=None, compare=False)
     answer: Message | None = field(default=None, compare=False)
     """The turn that `reference` is the text of, thinking included."""
+    thinking: bool | None = field(default=None, compare=False)
+    """The switch that `ids` were written with; None: as the model decides."""
 
 
 def read_prompts(
@@ -59,11 +59,13 @@ def read_prompts(
     strict: bool = False,
     log: Callable[[str], object] = print,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The different prompts of the files that `spec` names, for training and held out (decided by each prompt's own hash).
+    """The different prompts of the files that `spec` names, for training and held out (decided by each question's own hash, as in
+    preference data).
 
     Left out and counted are prompts of more than `longest` tokens, with `answered` those without an answer of the data's, with
-    `verifiable` those whose answer has no result that a rule could compare. thinking=False closes the thinking before it starts, None
-    leaves that to the rows. Raises FileNotFoundError for missing files, ValueError when no prompt is left or with `strict` a row is bad.
+    `verifiable` those whose answer has no result that a rule could compare. thinking=False closes the thinking before it starts, True
+    leaves it to the model, None to the rows. Raises FileNotFoundError for missing files, ValueError when no prompt is left or with
+    `strict` a row is bad.
     """
     bad = BadRows()
     found: dict[tuple[int, ...], Prompt] = {}
@@ -82,7 +84,7 @@ def read_prompts(
             too_long += len(ids) > longest
             repeated += ids in found
             if len(ids) <= longest and ids not in found:
-                found[ids] = Prompt(ids, messages[-1]["content"], reference, messages, tools, answer)
+                found[ids] = Prompt(ids, messages[-1]["content"], reference, messages, tools, answer, enabled)
     bad.report(log)
     bad.raise_if_strict(strict)
     left_out = {
@@ -97,7 +99,7 @@ def read_prompts(
         raise ValueError(f"{spec} holds no prompt that can be used" + (f" (left out: {notes})" if notes else ""))
     if notes:
         log(f"prompts left out of {spec}: {notes}")
-    held = {ids: held_out(np.asarray(ids, dtype=np.int64).tobytes(), val_share) for ids in found}
+    held = {ids: held_out(prompt_key(prompt.messages, prompt.tools), val_share) for ids, prompt in found.items()}
     train = [prompt for ids, prompt in found.items() if not held[ids]]
     if not train:
         raise ValueError(f"all {len(found)} prompts of {spec} are held out: lower data.val_share")
@@ -114,7 +116,6 @@ def _read_row(value: Any) -> Sample:
 def _prompt_of(sample: Sample) -> tuple[list[Message], list[dict[str, Any]] | None, Message | None, bool | None]:
     """Turns, tools, the data's own answer, and the row's switch for thinking."""
     answer: Message | None
-    switch = sample.thinking if isinstance(sample, Conversation) else None
     if isinstance(sample, Conversation):
         last = max(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
         messages, answer = sample.messages[:last], sample.messages[last]
@@ -126,7 +127,7 @@ def _prompt_of(sample: Sample) -> tuple[list[Message], list[dict[str, Any]] | No
         raise RowError("a plain text has no prompt; give conversations or preference rows")
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise RowError("nobody asks before the last answer")
-    return messages, sample.tools, answer, switch
+    return messages, sample.tools, answer, sample.thinking
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -55,18 +54,24 @@ def reference_log_probs(
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """The model's dropout is off inside."""
-    rates: list[tuple[Any, str]] = [
-        (module, "dropout") for module in model.modules() if isinstance(getattr(module, "dropout", None), float)
-    ]
-    rates += [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
-    before = [getattr(module, name) for module, name in rates]
+    before = disable_dropout(model)
     try:
-        for module, name in rates:
-            setattr(module, name, 0.0)
         yield
     finally:
-        for (module, name), rate in zip(rates, before, strict=True):
+        for module, name, rate in before:
             setattr(module, name, rate)
+
+
+def disable_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Turn the model's dropout off: with it two forward passes differ, and no ratio would be 1. Returns (module, attribute, rate)."""
+    before: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        name = "p" if isinstance(module, nn.Dropout) else "dropout"
+        rate = getattr(module, name, None)
+        if isinstance(rate, float):
+            before.append((module, name, rate))
+            setattr(module, name, 0.0)
+    return before
 
 
 def _key(model: SmartHaoAI, source: PackedPairs, precision: Precision, training: bool) -> str:

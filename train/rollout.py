@@ -10,6 +10,7 @@ Shapes: S answers of a rollout or batch, N their tokens (those of an answer toge
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,13 @@ class RolloutSource:
         self.diagnostics: dict[str, float] = {}
         self.update_kl, self.update_tokens = 0.0, 0.0
         self.stop_kl = 0.0
+        """Nats per token that an update may move the policy before new answers are asked for; 0: no limit."""
+        self.alarm_kl = math.inf
+        """Nats per token from the reference beyond which there is an alarm."""
+        self.learning = False
+        """Whether the batches served since the state was set are learned from: not before the first, nor in a trial that was taken back."""
+        self.trouble: list[tuple[str, dict[str, Any]]] = []
+        """What the next update is alarmed of."""
         self._generated: dict[tuple[int, int], list[tuple[int, Completion]]] = {}
 
     def attach(self, policy: SmartHaoAI) -> None:
@@ -109,6 +117,7 @@ class RolloutSource:
         batch = self.make_batch(self._layout(number, place))
         self.position += 1
         self.served += 1
+        self.learning = True
         return batch
 
     def rows_per_epoch(self) -> float:
@@ -126,6 +135,8 @@ class RolloutSource:
             raise ValueError("the prompts are not those that this run began with: put data.prompt_file back, or start a new out_dir")
         self.samples = [Sampled(**sample) for sample in state.pop("samples")]
         vars(self).update(state)
+        self.learning = False
+        self.trouble.clear()
 
     # ------------------------------------------------------------------ what the losses call
 
@@ -135,16 +146,21 @@ class RolloutSource:
         return max(self.served - 1, 0) // self.accumulation_steps + 1
 
     def note_update(self, log_probs: Tensor, old_log_probs: Tensor, first: bool) -> Tensor:
-        """The probability ratios (N,) of an update, watched: alarm where the first one is not 1, and the distance for `stop_kl`."""
+        """The probability ratios (N,) of an update, watched: alarm where the first one is not 1, and the distance for `stop_kl`.
+
+        The rollout's own trouble is told here, too: of a trial of the loop that is taken back, nothing must be heard."""
         with torch.no_grad():
             log_ratio = log_probs.detach() - old_log_probs
             ratio = log_ratio.exp()
             self.update_kl += float((ratio - 1 - log_ratio).sum())
             self.update_tokens += len(ratio)
-            if first and len(ratio) and self.precision is not None:
-                worst = float((ratio - 1).abs().max())
-                if worst > RATIO_TOLERANCE:
-                    self.alarm(self.step, "ratio", {"largest_deviation": worst})
+            worst = float((ratio - 1).abs().max()) if first and len(ratio) else 0.0
+            if worst > RATIO_TOLERANCE:
+                self.trouble.append(("ratio", {"largest_deviation": worst}))
+        if self.learning:
+            for kind, details in self.trouble:
+                self.alarm(self.step, kind, details)
+        self.trouble.clear()
         return ratio
 
     # ------------------------------------------------------------------ rollouts
@@ -173,13 +189,12 @@ class RolloutSource:
         self.policy.take_expert_load()  # measuring is not learning
         self.diagnostics = self._diagnostics()
         self.finish_rollout()
+        per_token = self.diagnostics.get("kl", 0.0) / max(self.diagnostics["length"], 1.0)
+        if per_token > self.alarm_kl:
+            self.trouble.append(("kl_runaway", {"kl_per_token": per_token, "limit": self.alarm_kl}))
         rewards = [sample.parts[REWARD] for sample in self.samples]
         if len(rewards) > 1 and min(rewards) == max(rewards):
-            self.alarm(self._next_step, "rewards_collapsed", {"reward": rewards[0]})
-
-    @property
-    def _next_step(self) -> int:
-        return self.served // self.accumulation_steps + 1
+            self.trouble.append(("rewards_collapsed", {"reward": rewards[0]}))
 
     def take_prompts(self, count: int) -> list[int]:
         """The next `count` prompts of the shuffled order, different ones as long as there are as many."""
@@ -209,20 +224,17 @@ class RolloutSource:
         return samples
 
     def _generate(self, numbers: Sequence[int], attempt: int) -> list[tuple[int, Completion]]:
-        engine, repeats = Engine(self.policy, self.tokenizer), self.settings.samples
-        # Every answer of the run has a random stream of its own: (seed, rollout, attempt) here, prompt and sample in the engine.
+        repeats = self.settings.samples
+        # Every answer of the run has a random stream of its own: (seed, rollout, attempt) here, place and sample in the engine.
         seed = int(np.random.Philox(key=[self.seed + 1, self.round * 64 + attempt]).random_raw() >> np.uint64(2))
         sampling = SamplingSettings(
             self.settings.max_new_tokens, self.settings.temperature, top_k=0, top_p=1.0, n=repeats, seed=seed
         )  # a cut distribution would not be the one whose log-probabilities are learned from
-        pairs: list[tuple[int, Completion]] = []
-        at_once = max(1, self.settings.batch_size // repeats)
-        for start in range(0, len(numbers), at_once):
-            part = numbers[start : start + at_once]
-            with self._autocast():
-                replies = engine.generate([self.prompts[number].ids for number in part], sampling)
-            pairs += [(number, reply) for number, group in zip(part, replies, strict=True) for reply in group]
-        return pairs
+        asked = [self.prompts[number].ids for number in numbers]
+        with self._autocast():
+            batches = Engine(self.policy, self.tokenizer).generate_many(asked, sampling, max(1, self.settings.batch_size // repeats))
+            groups = dict(pair for batch in batches for pair in batch)
+        return [(number, reply) for place, number in enumerate(numbers) for reply in groups[place]]
 
     def _measure(self, layout: list[list[int]]) -> None:
         """Old and reference log-probabilities of these answers, by the forward pass that the update will make."""
@@ -289,7 +301,7 @@ class RolloutSource:
         self.update_kl = self.update_tokens = 0.0
         end = self.passes * self._batches_per_pass()
         if self.stop_kl and moved > self.stop_kl and self.position < end:
-            self.alarm(self._next_step, "kl_stop", {"update_kl": moved, "left_out": end - self.position})
+            self.trouble.append(("kl_stop", {"update_kl": moved, "left_out": end - self.position}))
             self.position = end
 
     def _diagnostics(self) -> dict[str, float]:
@@ -310,12 +322,6 @@ class RolloutSource:
         for sample in samples:
             del sample.tokens["entropy"]  # the loss computes its own
         return means
-
-    def watch_reference(self, most: float) -> None:
-        """Alarm when the policy is further from the reference than `most` nats per token."""
-        per_token = self.diagnostics.get("kl", 0.0) / max(self.diagnostics.get("length", 1.0), 1.0)
-        if per_token > most:
-            self.alarm(self._next_step, "kl_runaway", {"kl_per_token": per_token, "limit": most})
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.precision is None else self.precision.autocast()

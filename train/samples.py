@@ -32,13 +32,14 @@ class Conversation:
 @dataclass(frozen=True)
 class Preference:
     """Two continuations of one prompt, which ends with a user or tool turn; both begin with the assistant. margin: by how much the
-    chosen one is better, 0 when the row does not say."""
+    chosen one is better, 0 when the row does not say. thinking: as in `Conversation`."""
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
     margin: float = 0.0
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Judged:
     completion: list[Message]
     label: bool
     tools: list[dict[str, Any]] | None = None
+    thinking: bool | None = None
 
 
 Sample = Text | Conversation | Preference | Judged
@@ -76,11 +78,11 @@ def as_conversation(sample: Sample) -> Conversation:
     if isinstance(sample, Conversation):
         return sample
     if isinstance(sample, Preference):
-        return Conversation(sample.prompt + sample.chosen, sample.tools)
+        return Conversation(sample.prompt + sample.chosen, sample.tools, sample.thinking)
     if isinstance(sample, Judged):
         if not sample.label:
             raise RowError("an answer judged unwanted (label false) is no example to learn from")
-        return Conversation(sample.prompt + sample.completion, sample.tools)
+        return Conversation(sample.prompt + sample.completion, sample.tools, sample.thinking)
     raise RowError("plain text has no turns: expected a conversation such as {conversations} or {prompt, response}")
 
 

@@ -20,7 +20,7 @@ from model.files import atomic_write_text
 from model.lora import Adapter, inject_lora
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
-from train.checkpoints import FOLDER, newest_checkpoint
+from train.checkpoints import FOLDER
 from train.config import StageConfig, TokenizerConfig, TokenizerStageConfig, UsageError, read_yaml, stage_name
 from train.data import BatchSource, evaluation_batches, make_source
 from train.loop import BUDGET_RESERVE, Evaluate, FitResult, Prepare, fit
@@ -384,8 +384,3 @@ def _sources_notes(file: Path) -> list[Path]:
 
 def _rounded(value: float | None, digits: int = 3) -> str | None:
     return None if value is None else f"{value:,.{digits}f}"
-
-
-def resumable(settings: StageConfig) -> bool:
-    """Whether out_dir holds a checkpoint to go on from."""
-    return newest_checkpoint(Path(settings.out_dir)) is not None

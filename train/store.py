@@ -29,7 +29,7 @@ from train.data_files import DataFile, expand_paths, is_token_file, read_token_i
 from train.documents import Document, Encoded, as_judged, encode_judged, encode_pairs, held_out
 from train.formats import BadRows, Conversation, Judged, Preference, as_conversation, as_preference, as_text, read_samples
 
-VERSION = 2
+VERSION = 3
 PIECE_CHARACTERS = 1_000_000
 SPLITS = ("train", "val")
 PAIRED = {"mask": "uint8", "lines": "int64", "values": "float32"}

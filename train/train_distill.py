@@ -46,7 +46,9 @@ def distill(settings: DistillStageConfig, log: Log = print) -> int:
     source: BatchSource = make_source(store, settings, tokenizer.pad_token_id, log=log)
     if settings.distill.structure_weight != 1:
         source = WeightedStructure(source, structure_ids(tokenizer), settings.distill.structure_weight)
-    print_plan(settings, config, source, store.summary(), log)
+    beside = settings.teacher_dir if not settings.distill.top_k else None  # a cache needs it only for what is new
+    frozen = 0 if beside is None else load_config(find_model(beside)).account().parameters
+    print_plan(settings, config, source, store.summary(), log, frozen=frozen)
     if settings.dry_run:
         print_estimate(settings, config, source, loss_fn, log)
         return 0
@@ -81,7 +83,11 @@ def teacher_loss(settings: DistillStageConfig, student: HaoAIConfig, tokenizer: 
     if not options.top_k:
         return distillation_loss(options, load())
     cache = CachedTeacher(
-        cache_folder(settings.data.store_dir, folder, options.temperature, options.top_k), load, size, options.temperature, options.top_k
+        cache_folder(settings.data.store_dir, folder, size, options.temperature, options.top_k),
+        load,
+        size,
+        options.temperature,
+        options.top_k,
     )
     log(f"its {options.top_k} most probable tokens are kept in {cache.folder}: {len(cache):,} documents so far")
     return distillation_loss(options, cache)

@@ -7,6 +7,7 @@ answers one by one; their reference log-probabilities are computed once. simpo a
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from train.config import DPO_BETAS, DPOConfig, DPOStageConfig, parse_command_lin
 from train.data import Batch
 from train.log_probs import completion_log_probs
 from train.losses import Term
-from train.metrics import held_out_terms
+from train.metrics import METRICS_FILE, held_out_terms, read_jsonl
 from train.pairs import pair_metrics, pair_source, share_right
 from train.reference import reference_log_probs
 from train.runtime import Precision, device_name, run_main
@@ -60,14 +61,18 @@ def dpo(settings: DPOStageConfig, log: Callable[[str], object] = print) -> int:
         if measured is not None:
             references["held out"] = reference_log_probs(model, measured, precision, training=False, log=log)
 
-    facts: dict[str, Any] = {"preference loss": f"{settings.dpo.loss}, beta {beta_of(settings.dpo):g}"}
-
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        values = held_out_terms(model, batches, loss_of("held out"), device)
-        pairs = round(sum(batch.weights["pairs"] for batch in batches))
-        low, high = wilson(round(values["val_accuracy"] * pairs), pairs)
-        facts["held-out accuracy, 95% interval"] = f"{low:.3f} to {high:.3f} ({pairs:,} {'answers' if kind == 'judged' else 'pairs'})"
-        return values
+        return held_out_terms(model, batches, loss_of("held out"), device)
+
+    def facts() -> dict[str, Any]:
+        found = {"preference loss": f"{settings.dpo.loss}, beta {beta_of(settings.dpo):g}"}
+        if batches:
+            pairs = round(sum(batch.weights["pairs"] for batch in batches))
+            rows = read_jsonl(Path(settings.out_dir) / METRICS_FILE)
+            last = next(row["val_accuracy"] for row in reversed(rows) if row.get("val_accuracy") is not None)
+            low, high = wilson(round(last * pairs), pairs)
+            found["held-out accuracy, 95% interval"] = f"{low:.3f} to {high:.3f} ({pairs:,} {'answers' if kind == 'judged' else 'pairs'})"
+        return found
 
     return run_stage(
         settings,
@@ -79,7 +84,7 @@ def dpo(settings: DPOStageConfig, log: Callable[[str], object] = print) -> int:
         sample_answers,
         data=store.origin(),
         prepare=prepare,
-        facts=lambda: facts,
+        facts=facts,
         log=log,
     )
 

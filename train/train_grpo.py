@@ -39,7 +39,7 @@ class GRPORollouts(RolloutSource):
 
     def __init__(self, grpo: GRPOConfig, *args: Any, **settings: Any) -> None:
         super().__init__(*args, passes=grpo.epochs, **settings)
-        self.grpo = grpo
+        self.grpo, self.alarm_kl = grpo, grpo.alarm_kl
         self.asked: dict[str, float] = {}
         """Of all questions asked for the rollout, those that were replaced included: mean rewards, and how many groups were equal."""
 
@@ -70,7 +70,8 @@ class GRPORollouts(RolloutSource):
         for sample, advantage in zip(self.samples, advantages.tolist(), strict=True):
             sample.tokens["advantages"] = [advantage] * sample.length
         self.diagnostics.update(self.asked)
-        self.watch_reference(self.grpo.alarm_kl)
+        if self.asked["equal_groups"] == 1.0 and float(rewards.min()) < float(rewards.max()):
+            self.trouble.append(("groups_equal", {"groups": round(self.asked["groups"])}))
 
 
 def grpo_term(source: RolloutSource, grpo: GRPOConfig, temperature: float, longest: int) -> LossFunction:

@@ -42,7 +42,7 @@ class PPORollouts(RolloutSource):
 
     def __init__(self, ppo: PPOConfig, *args: Any, **settings: Any) -> None:
         super().__init__(*args, passes=ppo.epochs, **settings)
-        self.ppo, self.stop_kl, self.kl_coef = ppo, ppo.stop_kl, ppo.kl_coef
+        self.ppo, self.stop_kl, self.alarm_kl, self.kl_coef = ppo, ppo.stop_kl, ppo.alarm_kl, ppo.kl_coef
 
     def attach(self, policy: SmartHaoAI) -> None:
         super().attach(policy)
@@ -69,7 +69,6 @@ class PPORollouts(RolloutSource):
         self.store(samples, "returns", returns[mask])
         for sample in samples:
             sample.tokens.pop("reference", None)  # it is in the rewards
-        self.watch_reference(ppo.alarm_kl)
         if ppo.kl_target:
             error = self.diagnostics["kl"] / ppo.kl_target - 1
             clipped = max(-LARGEST_CORRECTION, min(LARGEST_CORRECTION, error))

@@ -279,3 +279,19 @@ def test_kept_prefixes_are_given_up_in_order_of_use(make_model):
     assert [entry.ids[: len(PROMPTS[1])] for entry in held.entries] == [PROMPTS[1], PROMPTS[1]]
     assert ask([*PROMPTS[1], *first, 5])[1] == len(PROMPTS[1]) + len(first) - 1
     assert ask(PROMPTS[3])[1] == 0 and held.hits == 2
+
+
+def test_many_prompts_draw_independently(make_model):
+    """Guards the samples of different prompts against one shared random stream, and a prompt that comes again in a later batch against
+    getting the same reply: means over prompts would be far noisier than they look."""
+    engine = Engine(make_model())
+    flat = SamplingSettings(temperature=100.0, top_k=0, top_p=1.0, max_new_tokens=3, eos_token_id=[], seed=3)
+    prompts = [*PROMPTS * 2, *PROMPTS]
+    replies = dict(pair for batch in engine.generate_many(prompts, flat, at_once=5) for pair in batch)
+    assert sorted(replies) == list(range(12))
+    assert len({tuple(reply.ids) for (reply,) in replies.values()}) == 12
+    assert len({reply.ids[0] for (reply,) in replies.values()}) > 6, "almost uniform draws fell on the same tokens"
+    again = dict(pair for batch in engine.generate_many(prompts, flat, at_once=3) for pair in batch)
+    assert again == replies, "a reply depends on the batch it is in"
+    with pytest.raises(ValueError, match="as many seeds"):
+        engine.generate(PROMPTS, flat, [1, 2])

@@ -26,7 +26,7 @@ class Said:
     def __init__(self, answers: dict[tuple[int, ...], list[Completion]]) -> None:
         self.answers, self.batches = answers, []
 
-    def generate(self, prompts: Any, settings: SamplingSettings) -> list[list[Completion]]:
+    def generate(self, prompts: Any, settings: SamplingSettings, seeds: Any = None) -> list[list[Completion]]:
         self.batches.append(len(prompts))
         return [self.answers[tuple(ids)] for ids in prompts]
 
@@ -187,6 +187,7 @@ def test_pairs_with_the_datas_own_answers_are_preferences(model_dir: Path, tmp_p
         (sample,) = [sample for _, sample in read_samples(out, bad, as_preference)]
         assert not bad.total and sample.chosen[0]["content"] == "3 + 5 = 8"
         assert (sample.chosen[0].get("reasoning_content") or "") == thought
+        assert sample.thinking is (False if more else None), "the answers were given to another prompt"
 
 
 def test_a_reward_model_ranks(
@@ -199,8 +200,8 @@ def test_a_reward_model_ranks(
     heard: list[tuple[Prompt, list[Completion]]] = []
     original = Engine.generate
 
-    def generate(self: Engine, prompts: Any, settings: SamplingSettings) -> list[list[Completion]]:
-        replies = original(self, prompts, settings)
+    def generate(self: Engine, prompts: Any, settings: SamplingSettings, seeds: Any) -> list[list[Completion]]:
+        replies = original(self, prompts, settings, seeds)
         heard.extend(zip([tuple(ids) for ids in prompts], replies, strict=True))  # type: ignore[arg-type]
         return replies
 

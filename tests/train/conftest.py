@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model import BPETokenizer
+from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +15,9 @@ def tokenizer_dir(tiny_tokenizer: BPETokenizer, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model(tiny_config: HaoAIConfig) -> SmartHaoAI:
+    """A tiny model in training mode with weights that no other test has seen."""
+    return SmartHaoAI(tiny_config).train()

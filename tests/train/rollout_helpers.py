@@ -15,6 +15,8 @@ from train.prompts import Prompt
 from train.rollout import RolloutSource
 from train.runtime import Precision
 
+TEMPERATURE = 0.9
+
 
 def make_prompts(tokenizer: BPETokenizer, count: int) -> list[Prompt]:
     """Prompts of different lengths; the reference of each is its number."""
@@ -47,7 +49,7 @@ def make_source(
     **more: Any,
 ) -> RolloutSource:
     """A source of this kind that serves the model; `first` are its own settings."""
-    settings = RolloutConfig(**{"prompts": 4, "samples": 2, "max_new_tokens": 12, "temperature": 0.9, **(rollout or {})})
+    settings = RolloutConfig(**{"prompts": 4, "samples": 2, "max_new_tokens": 12, "temperature": TEMPERATURE, **(rollout or {})})
     shape: dict[str, Any] = {"row_length": 200, "batch_size": 3, **more}
     source = kind(*first, tokenizer, make_prompts(tokenizer, prompts), judge or HashJudge(), settings, **shape)
     source.attach(model)

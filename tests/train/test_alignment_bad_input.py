@@ -42,6 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: BPETokenizer)
         ("label", label),
         ("mixed", [*pair_rows(8), *equal, *long]),
         ("questions", [{"prompt": f"{n} + 1 = ?"} for n in range(9)]),
+        ("too_long", [{"prompt": "很长 long " * 99}]),
     ):
         write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
@@ -74,6 +75,7 @@ MISTAKES: list[tuple[str, list[str], int, list[str]]] = [
     ("grpo", [*ROLLOUT, "data.prompt_file=texts.jsonl"], 1, ["texts.jsonl", "5 unusable"]),
     ("grpo", [*ROLLOUT, "data.prompt_file=questions.jsonl"], 1, ["questions.jsonl", "9 without an answer"]),
     ("train_rlhf", [*ROLLOUT, "data.preference_file=chats.jsonl"], 1, ["chats.jsonl:1", "found a conversation"]),
+    ("train_rlhf", [*ROLLOUT, PAIRS, "data.prompt_file=too_long.jsonl"], 1, ["too_long.jsonl", "1 longer than"]),
     # models that do not fit
     ("ppo", [*ROLLOUT, "reward_model_dir=foreign_reward"], 1, ["foreign_reward", "another vocabulary", "train.train_reward"]),
     ("grpo", [*ROLLOUT, "reward_model_dir=foreign_reward"], 1, ["foreign_reward", "another vocabulary", "train.train_reward"]),

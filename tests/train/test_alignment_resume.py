@@ -48,16 +48,17 @@ elif point == "finish":
 runpy.run_module(module, run_name="__main__")
 """
 Stage = Callable[[str, list[str]], str]
-TIMES = {"seconds", "tokens_per_second", "peak_memory_mb"}
+TIMES = {"seconds", "preparing", "tokens_per_second", "peak_memory_mb"}
 STEPS, EVERY = 8, 3
 ROLLOUT = [
-    "rollout.prompts=4",
-    "rollout.samples=2",
+    "rollout.prompts=2",
+    "rollout.samples=4",
     "rollout.max_new_tokens=10",
     "rollout.eval_prompts=3",
     "train.batch_size=3",
     "train.accumulation_steps=2",
     "data.val_share=0.2",
+    "rewards.overlap=1",
     "rewards.variety=1",
 ]  # 8 answers in 3 batches, twice: a rollout is 3 steps
 STAGES: dict[str, tuple[str, list[str]]] = {

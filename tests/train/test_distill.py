@@ -223,11 +223,12 @@ def test_documents_are_known_by_tokens_and_labels(tiny_config: HaoAIConfig) -> N
 def test_the_cache_belongs_to_one_teacher(tmp_path: Path, tiny_model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
     """Guards: distributions of yesterday's weights, of another temperature or k."""
     tiny_model.save_pretrained(tmp_path / "a", tiny_tokenizer)
-    first = cache_folder("store", tmp_path / "a", 2.0, 8)
+    first = cache_folder("store", tmp_path / "a", 400, 2.0, 8)
     tiny_model.norm.weight.data += 0.1
     tiny_model.save_pretrained(tmp_path / "b", tiny_tokenizer)
-    assert len({first, cache_folder("store", tmp_path / "b", 2.0, 8), cache_folder("store", tmp_path / "a", 1.0, 8)}) == 3
-    assert cache_folder("store", tmp_path / "a", 2.0, 4) != first == cache_folder("store", tmp_path / "a", 2.0, 8)
+    assert len({first, cache_folder("store", tmp_path / "b", 400, 2.0, 8), cache_folder("store", tmp_path / "a", 400, 1.0, 8)}) == 3
+    assert cache_folder("store", tmp_path / "a", 399, 2.0, 8) != first, "probabilities of others and of fewer tokens"
+    assert cache_folder("store", tmp_path / "a", 400, 2.0, 4) != first == cache_folder("store", tmp_path / "a", 400, 2.0, 8)
 
 
 # ---------------------------------------------------------------- structure tokens

@@ -202,6 +202,12 @@ def test_the_switch_of_a_row() -> None:
     for wrong, reason in ((_switch("no"), "enable_thinking is 'no'"), ({"chat_template_kwargs": [1]}, "chat_template_kwargs is a list")):
         with pytest.raises(RowError, match=reason):
             recognise({"messages": turns, **wrong})
+    pair, judged = {"prompt": "3 + 5 = ?", "chosen": "8", "rejected": "9"}, {"prompt": "3 + 5 = ?", "completion": "8", "label": True}
+    for row in (pair, judged):
+        assert [recognise({**row, **more}).thinking for more in ({}, _switch(False), _switch(True))] == [None, False, True]  # type: ignore[union-attr]
+        assert as_conversation(recognise({**row, **_switch(False)})).thinking is False
+    with pytest.raises(RowError, match="false, but the answer has reasoning_content"):
+        recognise({**pair, "rejected": "<think>3 + 5 = 9</think>9", **_switch(False)})
     with pytest.raises(RowError, match="false, but the answer has reasoning_content"):
         recognise({"question": "3 + 5 = ?", "answer": "8", "reasoning_content": "3 + 5 = 8", **_switch(False)})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_helpers import make_source, perturb
+from rollout_helpers import TEMPERATURE, make_source, perturb
 from torch import Tensor
 from training_helpers import FAST, call_main, chat_rows, write_jsonl
 
@@ -19,14 +19,6 @@ from train.log_probs import completion_log_probs
 from train.metrics import read_jsonl
 from train.rollout import REWARD, RolloutSource
 from train.train_ppo import PPORollouts, main, ppo, ppo_loss
-
-TEMPERATURE = 0.9
-
-
-@pytest.fixture
-def model(tiny_config: HaoAIConfig) -> SmartHaoAI:
-    """Weights that no other test has seen."""
-    return SmartHaoAI(tiny_config).train()
 
 
 def by_hand(model: SmartHaoAI, ids: list[int], start: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,6 +58,21 @@ def test_pairs_are_stored_as_two_documents(tmp_path: Path, tiny_tokenizer: BPETo
     assert store.where("train", 3).endswith("p.jsonl:2")
 
 
+@pytest.mark.parametrize("kind", ["preference", "judged"])
+def test_answers_follow_the_prompt_they_were_given_to(tmp_path: Path, tiny_tokenizer: BPETokenizer, kind: str) -> None:
+    """Guards pairs of answers that were sampled with the thinking closed: learned behind another prompt, they teach not to think."""
+    turns = [{"role": "user", "content": "1 + 1 = ?"}]
+    row: dict[str, Any] = {"prompt": turns, "chosen": "2", "rejected": "three"}
+    rows = [{**row, "chat_template_kwargs": {"enable_thinking": False}}, row]
+    split = store_of(tmp_path, rows, tiny_tokenizer, kind).train
+    for number, thinking in enumerate((False, False, None, None)):
+        place = number if kind == "preference" else 2 * number
+        ids, mask = split.tokens(place), split.mask(place)
+        assert mask is not None
+        asked = tiny_tokenizer.render(turns, add_generation_prompt=True, enable_thinking=thinking).ids
+        assert ids[: len(asked)].tolist() == asked and not mask[: len(asked)].any() and mask[len(asked) :].all()
+
+
 def test_pairs_of_one_prompt_are_held_out_together(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
     """Guards against measuring on prompts that were trained on with other answers."""
     rows = [{"prompt": f"question {n % 20}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(60)]
@@ -154,6 +169,15 @@ def test_every_pair_comes_once_and_stays_together(tmp_path: Path, tiny_tokenizer
         assert batch.weights == {"pairs": len(pairs), "tokens": sum(map(len, expected))}
         seen += pairs
     assert sorted(seen) == list(range(70))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_an_epoch_is_as_long_as_its_batches(tmp_path: Path, tiny_tokenizer: BPETokenizer, batch_size: int) -> None:
+    """Guards the number of steps of an uneven batch size: a batch holds one row more than it says."""
+    store = store_of(tmp_path, pair_rows(300), tiny_tokenizer)
+    source = PackedPairs(store, batch_size, 96, tiny_tokenizer.pad_token_id)
+    batches = sum(1 for _ in source.one_pass())
+    assert source.rows_per_epoch() / batch_size == pytest.approx(batches, rel=0.1, abs=1)
 
 
 def test_one_pass_is_the_first_epoch(tmp_path: Path, tiny_tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_helpers import HashJudge, make_prompts, make_source, perturb
+from rollout_helpers import HashJudge, make_prompts, make_source
 
-from model import BPETokenizer, HaoAIConfig, SmartHaoAI
+from model import BPETokenizer, SmartHaoAI
 from train.data import IGNORE
 from train.log_probs import completion_log_probs
 from train.rollout import REWARD, RolloutSource
@@ -22,12 +22,6 @@ class Plain(RolloutSource):
     def finish_rollout(self) -> None:
         for sample in self.samples:
             sample.tokens["advantages"] = [sample.parts[REWARD]] * sample.length
-
-
-@pytest.fixture
-def model(tiny_config: HaoAIConfig) -> SmartHaoAI:
-    """Weights that no other test has seen."""
-    return SmartHaoAI(tiny_config).train()
 
 
 def served_ids(batch: Any) -> list[tuple[int, ...]]:
@@ -85,6 +79,13 @@ def test_answers_do_not_repeat_themselves(model: SmartHaoAI, tiny_tokenizer: BPE
     assert len({ids for batch in rounds for ids in batch}) == 24
 
 
+def test_a_prompt_that_comes_again_in_a_rollout_gets_other_answers(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards rollouts of several batches over few prompts: exact copies of an answer would count as so many samples."""
+    rollout = {"prompts": 8, "samples": 2, "batch_size": 4}
+    source = make_source(Plain, model, tiny_tokenizer, prompts=2, rollout=rollout, batch_size=16)
+    assert len(set(served_ids(source.next_batch(0.0)))) == 16
+
+
 def test_prompts_come_round(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
     """Guards against prompts that are never asked: each epoch takes all of them, in another order."""
     source = make_source(Plain, model, tiny_tokenizer, prompts=10)
@@ -123,7 +124,9 @@ def test_a_policy_that_moved_too_far_gets_new_answers(model: SmartHaoAI, tiny_to
         batch = source.next_batch(0.0)
         source.note_update(batch.extra["old"] + moved, batch.extra["old"], False)
     assert source.round == 0
-    source.next_batch(0.0)
+    batch = source.next_batch(0.0)
+    assert events == []
+    source.note_update(batch.extra["old"], batch.extra["old"], True)
     assert source.round == 1 and [(step, kind) for step, kind, _ in events] == [(3, "kl_stop")]
 
 
@@ -132,11 +135,32 @@ def test_alarms(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
     events: list[tuple[int, str, dict[str, Any]]] = []
     source = make_source(Plain, model, tiny_tokenizer, judge=HashJudge(levels=1), alarm=lambda *event: events.append(event))
     source.reference = lambda inputs: completion_log_probs(model, inputs, 0.9).values.detach() - 2.0
-    batch = source.next_batch(0.0)
-    assert [kind for _, kind, _ in events] == ["rewards_collapsed"]
-    source.watch_reference(2.5)
-    assert len(events) == 1
-    source.watch_reference(1.5)
-    perturb(model, 0.01)
-    source.note_update(completion_log_probs(model, batch.inputs, 0.9).values, batch.extra["old"], bool(batch.extra["first"]))
-    assert [(step, kind) for step, kind, _ in events] == [(1, "rewards_collapsed"), (2, "kl_runaway"), (1, "ratio")]
+    source.alarm_kl = 1.5
+    start = source.state_dict()
+
+    def update(moved: float) -> None:
+        batch = source.next_batch(0.0)
+        source.note_update(batch.extra["old"] + moved, batch.extra["old"], bool(batch.extra["first"]))
+
+    update(0.0)
+    assert [(step, kind) for step, kind, _ in events] == [(1, "kl_runaway"), (1, "rewards_collapsed")]
+    update(0.1)
+    assert len(events) == 2, "only the first update of a rollout has to begin at a ratio of 1"
+    source.load_state_dict(start)
+    source.alarm_kl = 2.5
+    update(0.01)
+    assert [(step, kind) for step, kind, _ in events[2:]] == [(1, "rewards_collapsed"), (1, "ratio")]
+
+
+def test_a_trial_is_not_heard(model: SmartHaoAI, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards against alarms of batches that the loop serves, tries in another number type, and takes back."""
+    events: list[str] = []
+    source = make_source(Plain, model, tiny_tokenizer, judge=HashJudge(levels=1), alarm=lambda step, kind, details: events.append(kind))
+    start = source.state_dict()
+    trial = source.next_batch(0.0).extra
+    source.load_state_dict(start)
+    source.note_update(trial["old"] + 1.0, trial["old"], True)
+    assert events == []
+    real = source.next_batch(0.0).extra
+    source.note_update(real["old"], real["old"], True)
+    assert events == ["rewards_collapsed"]

@@ -178,7 +178,7 @@ def test_run_yaml_round_trip(kind: type[StageConfig], tmp_path: Path) -> None:
         "train.lr=3e-4",
         "data.pretrain_file=[语料.txt, {path: b.txt, weight: 0.5}]",
         "model.n_layer=3",
-        "model_dir=none",
+        "tokenizer_dir=none",
         "--overwrite",
     ]
     first = parse_command_line(kind, words)

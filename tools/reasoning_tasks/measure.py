@@ -19,9 +19,9 @@ from inference import Completion, Engine, SamplingSettings
 from inference.rendering import render_prompt
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
-from tools.curriculum.probe_set import wilson
 from train.rewards import Answer
 from train.runtime import timed
+from train.statistics import wilson
 
 BATCH_TOKENS = 8192
 GENERATED_BATCH = 64
@@ -136,12 +136,7 @@ def generate_answers(
     """Freely generated answers; greedy, or sampled with fixed seeds. thinking as in `task_prompts`."""
     prompts = task_prompts(tokenizer, rows, thinking)
     engine, settings = Engine(model, tokenizer), SamplingSettings(max_new_tokens, temperature, top_k=0, top_p=1.0, seed=0)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Completion] = {}
-    for start in range(0, len(order), GENERATED_BATCH):
-        part = order[start : start + GENERATED_BATCH]
-        for index, completions in zip(part, engine.generate([prompts[i] for i in part], settings), strict=True):
-            answers[index] = completions[0]
+    answers = {index: replies[0] for batch in engine.generate_many(prompts, settings, GENERATED_BATCH) for index, replies in batch}
     return [answers[i] for i in range(len(rows))]
 
 
