@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inference.command_actions import THINKING, memory, reasoning, show_steps, template, tools
+from inference.command_switches import THINKING, memory, reasoning, show_steps, template, tools
 from inference.commands import COMMANDS
 from inference.loading import newest_stage
 from inference.prompts import SmartPromptEngineer

@@ -18,8 +18,8 @@ from threading import Condition, Lock, Thread
 
 import torch
 
-from inference.decoding import SPARE_COLUMNS, Batch, Completion, Piece, Prefill, Row, rest
-from inference.engine import Engine
+from inference.decoding import Batch, Completion, Piece, Prefill, Row, rest
+from inference.engine import Engine, token_ids
 from inference.prefixes import Prefix, PromptCache
 from inference.sampling import SamplingSettings
 from model.device import total_memory
@@ -63,6 +63,8 @@ class Request:
         self.cancelled = False
         self.overtaken = 0
         """Later requests that were taken before this one."""
+        self.epoch = 0
+        """That of the batcher's prefixes when its prompt was begun."""
         self._batcher = batcher
         self._open_replies = len(rows)
         self._begun = time.perf_counter()
@@ -103,9 +105,10 @@ class Request:
                 self._pieces.put(None)  # for whoever reads again
             return piece
 
-    def begin(self, reused: int) -> None:
+    def begin(self, reused: int, epoch: int) -> None:
         """The prompt is being computed from now on."""
         self.usage.reused_tokens, self.usage.queue_seconds = reused, time.perf_counter() - self._begun
+        self.epoch = epoch
 
     def deliver(self, pieces: Sequence[Piece]) -> None:
         """Hand pieces to the reader; after the last reply's last one the request is done."""
@@ -142,7 +145,8 @@ class Batcher:
 
     max_rows: replies that are written at once. max_tokens: most cells of the cache, its rows times the longest of the rows (prompt and
     max_new_tokens); None: what fits in a quarter of the machine's memory, or in half of an accelerator's free one. max_waiting: requests in
-    the queue. kept_prefixes: ended replies whose keys and values stay, for requests that begin with the same tokens.
+    the queue. kept_prefixes: ended replies whose keys and values stay, for requests that begin with the same tokens; max_tokens of them at
+    most.
 
     Requests are taken in the order of their priority (larger first), then of their arrival; the first one is never passed over for one
     that fits better, and none is overtaken more than PATIENCE times.
@@ -164,7 +168,7 @@ class Batcher:
                 raise ValueError(f"{name} must be at least {lowest[name]}, got {value}")
         self.engine, self.max_rows, self.prefill_block, self.max_waiting = engine, max_rows, prefill_block, max_waiting
         self.max_tokens = affordable_tokens(engine) if max_tokens is None else max_tokens
-        self.prefixes = PromptCache(kept_prefixes)
+        self.prefixes = PromptCache(kept_prefixes, self.max_tokens)
         self._batch = Batch(engine)
         self._prefill: Prefill | None = None
         self._cohort: list[Request] = []
@@ -185,7 +189,7 @@ class Batcher:
         """Queue a prompt (token ids). Raises ValueError for one that cannot be answered, QueueFull when too many wait."""
         if settings.num_beams > 1:
             raise ValueError(f"beam search is a batch of its own (num_beams={settings.num_beams}): call Engine.generate")
-        prompt = list(ids)
+        prompt = token_ids(ids)
         room = self.engine.room(prompt, settings)
         if settings.n > self.max_rows:
             raise ValueError(f"n={settings.n} replies are more than the batch has rows: ask for at most {self.max_rows}")
@@ -324,18 +328,19 @@ class Batcher:
         for _, prefix in found:
             if prefix is not None:
                 own = self.prefixes.use(prefix) and len(found) == 1
-        room = min(SPARE_COLUMNS, max(request.rows[0].limit for request in self._cohort))
+        room = max(request.rows[0].limit for request in self._cohort)
         prompts = [request.rows[0].prompt for request in self._cohort]
         self._prefill = Prefill(self.engine, prompts, [prefix for _, prefix in found], room, own)
         for request, reused in zip(self._cohort, self._prefill.reused, strict=True):
-            request.begin(reused)
+            request.begin(reused, self.prefixes.epoch)
 
     def _next_requests(self) -> list[tuple[Request, Prefix | None]]:
         """Take the first request out of the queue, and with it others with about as much to compute, a block of tokens in all."""
         found: list[tuple[Request, Prefix | None]] = []
         with self._wake:
             line = sorted(self._waiting, key=lambda request: (request.overtaken < PATIENCE, -request.priority, request.id))
-            running = self._batch.running() if line else []
+            shared = [row for row, request in self._owners.items() if request.epoch == self.prefixes.epoch] if line else []
+            running = self._batch.running(shared)
             for request in line[: self.max_rows]:
                 if not self._fits([*(other for other, _ in found), request]):
                     break
@@ -367,6 +372,7 @@ class Batcher:
         return all(longest >= len(prompt) or (prefix and prefix.reaches(len(prompt) - longest)) for prompt, prefix in prompts)
 
     def _decode(self) -> None:
+        self._let_go()
         for row, pieces in self._batch.choose():
             request = self._owners[row]
             if row.error is not None:
@@ -389,7 +395,7 @@ class Batcher:
             request = self._owners.pop(row)
             kept = self._batch.keep(row) if row.sample == 0 and request.error is None and self.prefixes.size else None
             if kept is not None:
-                self.prefixes.put(*kept, self.engine.cache_setting[1], self.prefixes.epoch)
+                self.prefixes.put(*kept, request.epoch)
         if gone:
             self._batch.leave(gone)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from inference.decoding import Completion
+from inference.decoding import DAMAGED, NOTHING_LEFT, SPARE_COLUMNS, Completion
 from inference.grammar import Matcher, allowed_tokens
 from inference.sampling import SamplingSettings, TokenHistory, process_logits, top_logprobs
 from inference.text import ReplyText, starts_in_reasoning
@@ -61,7 +61,9 @@ class _Search:
     def advance(self, candidates: Sequence[Beam]) -> None:
         """One step: go on with the best of these continuations (best first) of all beams."""
         settings, finished = self.settings, self.finished
-        length = len(candidates[0].ids)
+        if not candidates and not finished:
+            raise ValueError(NOTHING_LEFT)
+        length = len(self.beams[0].ids) + 1
         running: list[Beam] = []
         ended: list[Beam] = []
         for rank, beam in enumerate(candidates):
@@ -113,7 +115,7 @@ def beam_search(engine: Engine, prompts: Sequence[Sequence[int]], settings: Samp
 
 def _run(engine: Engine, prompts: list[list[int]], searches: list[_Search], settings: SamplingSettings) -> None:
     end_ids = engine.end_tokens(settings)
-    room = max(search.limit for search in searches)
+    room = min(SPARE_COLUMNS, max(search.limit for search in searches))  # they grow
     ids, mask = pad_left(prompts, 0, engine.device)
     cache = engine.new_cache(len(prompts), ids.shape[1] + room)
     logits = engine.prefill(ids, mask, cache)
@@ -130,14 +132,17 @@ def _run(engine: Engine, prompts: list[list[int]], searches: list[_Search], sett
         if rows[0].ids:
             tokens = torch.tensor([beam.ids[-1] for beam in rows], device=engine.device)
             history.append(tokens)
+            cache.reserve(len(rows), cache.length + 1)
             logits = engine.decode(tokens, cache)
             steps = None if engine.steps_used is None else engine.steps_used[:, -1].tolist()
         else:
             logits = logits[index]
             steps = None if engine.steps_used is None else engine.steps_used[index, -1].tolist()
         plain = logits.float().log_softmax(dim=-1)
-        allowed = allowed_tokens([beam.matcher for beam in rows])
-        scores = process_logits(plain, history, settings, end_ids, allowed)
+        if not bool(torch.isfinite(plain.amax(dim=-1)).all()):
+            raise ValueError(DAMAGED)
+        allowed = allowed_tokens([None if beam.matcher is None else beam.matcher.mask() for beam in rows])
+        scores = process_logits(plain, history, settings, end_ids, None if allowed is None else allowed.to(engine.device))
         scores = scores + torch.tensor([beam.score for beam in rows], device=scores.device)[:, None]
         tops = top_logprobs(logits, settings.top_logprobs) if settings.top_logprobs else []
         start = 0

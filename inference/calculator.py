@@ -117,7 +117,7 @@ def pending(text: str) -> tuple[str, str] | None:
     return (expression, written) if len(written) <= MAX_WRITTEN else None
 
 
-def write_number(value: Fraction, like: str = "") -> str:
+def write_number(value: Fraction, like: str = "", most_places: int = MAX_PLACES) -> str:
     """A number as people write it: whole numbers and decimals to their end, else DIGITS digits. `like` is the expression that it is the
     value of: fractions (1/2 + 1/3) give a fraction, numbers with thousands commas such a number."""
     comma = "," if re.search(r"\d,\d", like) else ""
@@ -126,7 +126,7 @@ def write_number(value: Fraction, like: str = "") -> str:
     rest = _FRACTION.sub("1", like)
     if rest != like and _OPERATION.search(rest) and "." not in like:
         return f"{value.numerator}/{value.denominator}"
-    places = next((count for count in range(1, MAX_PLACES + 1) if 10**count % value.denominator == 0), None)
+    places = next((count for count in range(1, most_places + 1) if 10**count % value.denominator == 0), None)
     if places is None:
         places, size = DIGITS, abs(value)
         while size >= 1 and places > 0:

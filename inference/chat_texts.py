@@ -92,10 +92,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "nearest": ("（是不是 {name}？）", " (did you mean {name}?)"),
     "file_missing": ("请写出文件或目录：{command} 名称", "name a file or folder: {command} NAME"),
     "thinking_now": ("思考中… {count} 字", "thinking… {count} characters"),
-    "thought": (
-        "（思考了 {count} 个字符，{seconds:.1f} 秒；/think 可显示）",
-        "(thought for {count} characters, {seconds:.1f} s; /think shows them)",
-    ),
+    "thought": ("（思考了 {count} 个字；/think 可显示）", "(thought for {count} characters; /think shows them)"),
+    "voting": ("（生成 {votes} 个回答，取最多的一个…）", "(drawing {votes} answers; the most frequent one is taken…)"),
     "think_show": ("思考过程：完整显示", "the thinking is shown in full"),
     "think_fold": ("思考过程：折叠成一行", "the thinking is folded to one line"),
     "think_none": ("上一个回答没有思考。", "The last answer came without thinking."),
@@ -113,6 +111,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "status_tools": ("{count} 个工具", "{count} tools"),
     "status_whole": ("不逐字", "answers whole"),
     "status_rate": ("{rate:.0f} 词元/秒", "{rate:.0f} tokens/s"),
+    "set_bad": ("没有设置 {name}{nearest}。可选：{known}", "there is no setting {name}{nearest}. Known: {known}"),
     "retry_greedy": (
         "（温度为 0 时回答总是相同，这次用温度 {temperature:g}）",
         "(at temperature 0 the answer would be the same: this one is drawn at {temperature:g})",
@@ -123,6 +122,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "answer_number": ("—— 回答 {number} ——", "—— answer {number} ——"),
     "compare_pick": ("哪个更好？1、2，或回车不选 > ", "which is better? 1, 2, or Enter for neither > "),
     "compare_same": ("两个回答相同，没有可记的。", "The two answers are the same: there is nothing to note."),
+    "compare_calls": (
+        "已留下您选的回答；两个回答的工具结果不同，因此没有记录。",
+        "The one you picked stays; nothing is noted, since the tools told the two answers different things.",
+    ),
     "compare_none": ("没有记录；第二个回答留在对话里。", "Nothing is noted; the second answer stays in the conversation."),
     "reasoning_on": (
         "推理：开（表决 {votes}，思考上限 {budget}，计算器 {calculator}）",
@@ -130,10 +133,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "reasoning_off": ("推理：关", "reasoning: off"),
     "reasoning_bad": (
-        "/reasoning 接受 on、off、votes N、budget N、calculator、steps 问题，而不是 {value}",
-        "/reasoning takes on, off, votes N, budget N, calculator or steps QUESTION, not {value}",
+        "/reasoning 接受 on、off、votes N、budget N、calculator、steps 问题、picture 文件，而不是 {value}",
+        "/reasoning takes on, off, votes N, budget N, calculator, steps QUESTION or picture FILE, not {value}",
     ),
     "reasoning_question": ("请写出问题：/reasoning steps 问题", "write the question: /reasoning steps QUESTION"),
+    "reasoning_no_path": ("还没有分步求解：先用 /reasoning steps 问题", "nothing was solved in steps yet: /reasoning steps QUESTION"),
+    "reasoning_picture": ("已画好：{path}", "drawn: {path}"),
     "solving": ("分步求解…", "solving step by step…"),
     "memory_on": ("记忆：开（{profile}，{file}）", "memory: on ({profile}, {file})"),
     "memory_off": (
@@ -143,7 +148,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "memory_empty": ("没有记忆。", "Nothing is remembered."),
     "memory_forgot": ("已忘记第 {number} 条。", "memory {number} is forgotten"),
     "memory_profile": ("记忆档案：{name}（已有 {known}）", "memory profile: {name} (known: {known})"),
-    "memory_sure": ("删除 {profile} 的全部记忆？（是/否）", "erase all memories of {profile}? (yes/no)"),
+    "memory_sure": ("删除 {profile} 的全部记忆？", "erase all memories of {profile}?"),
+    "yes_no": ("（是/否）", "(yes/no)"),
     "memory_erased": ("已删除 {count} 条记忆。", "{count} memories are erased"),
     "memory_exported": ("已导出 {count} 条记忆到 {path}", "{count} memories are written to {path}"),
     "memory_bad": (
@@ -160,16 +166,26 @@ TEXTS: dict[str, tuple[str, str]] = {
         "(the description of the tools takes {tokens} tokens of the model's context of {context}: little is left for the conversation)",
     ),
     "tools_off": ("工具：关（可用 {names}）", "tools: off (there are {names})"),
-    "files_on": (
-        "工具：开；模型可以处理 {root} 里的文件，改动前会先问您。",
-        "tools: on; the model may work on the files of {root}, and asks before it changes any",
+    "tools_too_large": (
+        "工具的说明有 {tokens} 个词元，模型的上下文只有 {context}：这个模型用不了这些工具。",
+        "the description of the tools has {tokens} tokens, the model's context only {context}: this model cannot be given them",
     ),
+    "files_on": (
+        "文件：{root}（/files do 要求，例如 /files do 按类型整理；改动前总会先问您）",
+        "files: {root} (/files do REQUEST, such as /files do organize by type; you are asked before anything is changed)",
+    ),
+    "files_off": ("文件：关", "files: off"),
     "model_fixed": ("这里不能更换模型。", "the model cannot be changed here"),
-    "help_head": ("命令（{bare} 单独成行时也可不加斜杠）：", "Commands ({bare} also work without the slash, alone on a line):"),
+    "help_head": ("命令：", "Commands:"),
     "help_foot": (
-        """换行：Alt-Enter、行尾写反斜杠，或把几行放在两个 \"\"\" 之间。Tab 补全命令，↑ 找回输入过的内容。
-Ctrl-C 停止回答，连按两次退出；Ctrl-D 退出。""",
-        """New line: Alt-Enter, a backslash at the end, or several lines between two \"\"\". Tab completes commands, ↑ brings lines back.
+        """{bare}
+单独成行时也可以不加斜杠。
+换行：Alt-Enter、行尾写反斜杠，或把几行放在两个 \"\"\" 之间。
+Tab 补全命令，↑ 找回输入过的内容。Ctrl-C 停止回答，连按两次退出；Ctrl-D 退出。""",
+        """{bare}
+also work without the slash, alone on a line.
+A new line: Alt-Enter, a backslash at the end, or several lines between two \"\"\".
+Tab completes commands, ↑ brings lines back.
 Ctrl-C stops the answer, twice quits; Ctrl-D quits.""",
     ),
     "opt_prompt": ("只回答这一句就退出；- 表示整个标准输入", "answer this and leave; - is all of standard input"),

@@ -36,6 +36,9 @@ DAMAGED = (
     "the model's output is not finite (NaN or infinity): its weights are damaged, or its numbers are too "
     "large for this precision; load an earlier checkpoint, or run it in fp32"
 )
+NOTHING_LEFT = (
+    "no token can come next: the grammar demands what this tokenizer cannot write, or a penalty, bias or temperature is too extreme"
+)
 SPARE_COLUMNS = 256  # room for new tokens that a cache has at first, where replies may become longer than most do
 
 
@@ -111,7 +114,14 @@ class Row:
         return self.prompt + self.completion.ids
 
     def take(self, token: int, logprob: float | None = None, top: list[tuple[int, float]] | None = None) -> list[Piece]:
-        """Go on by one token; the last of the pieces carries it."""
+        """Go on by one token; the last of the pieces carries it. None after `fail`."""
+        if self.matcher is not None and self.error is None:
+            try:
+                self.matcher.take(token)
+            except ValueError as error:
+                self.fail(error)
+        if self.error is not None:
+            return []
         said, text, channel = self.completion, self.text, self.channel
         said.ids.append(token)
         said.reasoning_steps += self.steps
@@ -119,8 +129,6 @@ class Row:
             said.logprobs.append(logprob)
         if said.top_logprobs is not None and top is not None:
             said.top_logprobs.append(top)
-        if self.matcher is not None:
-            self.matcher.take(token)
         ended = token in self.end_ids
         segments = [] if text is None or ended else text.push(token)
         reason = None
@@ -135,6 +143,18 @@ class Row:
         last = Piece(words, channel, [token], reason, None if logprob is None else [logprob], None if top is None else [top])
         last.reasoning_steps, last.sample = self.steps, self.sample
         return [*pieces, last]
+
+    def allowed(self) -> Tensor | None:
+        """The tokens that the grammar lets come next, bool (V,); None: any. The reply fails when the grammar does."""
+        try:
+            return None if self.matcher is None else self.matcher.mask()
+        except ValueError as error:
+            self.fail(error)
+            return None
+
+    def fail(self, error: Exception) -> None:
+        """End the reply, which cannot go on; the other rows can."""
+        self.done, self.error = True, error
 
     def finish(self, reason: str) -> list[tuple[Channel, str]]:
         """End the reply; returns the text that was held back."""
@@ -156,26 +176,27 @@ class Prefill:
     def __init__(
         self, engine: Engine, prompts: Sequence[list[int]], prefixes: Sequence[Prefix | None], room: int, own: bool = False
     ) -> None:
-        """room: columns for new tokens. own: the prefix's cache (one prompt only) is the caller's and is gone on with, not copied."""
+        """room: columns for new tokens; many are made only when they are needed. own: the prefix's cache (one prompt only) is the
+        caller's and is gone on with, not copied."""
         self.engine = engine
+        room = min(room, SPARE_COLUMNS)
         self.fed = max(rest(prompt, prefix) for prompt, prefix in zip(prompts, prefixes, strict=True))
         """Columns to compute."""
         self.reused = [max(0, len(prompt) - self.fed) for prompt in prompts]
         """Tokens of each prompt that are not computed."""
-        columns = max(map(len, prompts)) + room
         first = prefixes[0]
         if own and first is not None:
             self.cache = first.cache
             rewound = self.cache.rewind(self.reused[0])
             assert rewound, "PromptCache.find promised these tokens"
         else:
-            self.cache = engine.new_cache(len(prompts), columns)
+            self.cache = engine.new_cache(len(prompts), max(map(len, prompts)) + room)
             for row, (prefix, count) in enumerate(zip(prefixes, self.reused, strict=True)):
                 if count:
                     assert prefix is not None
                     self.cache.put(row, prefix.cache, prefix.row, count)
         start = self.cache.length
-        self.cache.reserve(len(prompts), start + self.fed + min(room, SPARE_COLUMNS))
+        self.cache.reserve(len(prompts), start + self.fed + room)
         self.cache.begin_at(torch.tensor([start + self.fed - len(prompt) for prompt in prompts], device=engine.device))
         self._ids = pad_left([prompt[len(prompt) - min(self.fed, len(prompt)) :] for prompt in prompts], 0, engine.device)[0]
         self._done = 0
@@ -225,8 +246,9 @@ class _Group:
     def choose(self, logits: Tensor) -> list[tuple[Row, list[Piece]]]:
         """The next token of every row from logits (B, V), in the order of `rows`."""
         rule, rows = self.rule, self.rows
-        allowed = allowed_tokens([row.matcher for row in rows])
+        allowed = allowed_tokens([row.allowed() for row in rows])
         scores = process_logits(logits, self.history, rule, rows[0].end_ids, None if allowed is None else allowed.to(logits.device))
+        scores = self._without_unusable(logits, scores)
         generators = [row.generator for row in rows if row.generator is not None]
         tokens = choose(scores, rule.greedy, generators or None)
         if self.history is not None:
@@ -234,6 +256,15 @@ class _Group:
         logprobs = chosen_logprobs(logits, tokens).tolist() if rule.logprobs else [None] * len(rows)
         top = top_logprobs(logits, rule.top_logprobs) if rule.top_logprobs else [None] * len(rows)
         return [(row, row.take(*found)) for row, *found in zip(rows, tokens.tolist(), logprobs, top, strict=True)]
+
+
+    def _without_unusable(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) from which a token can be chosen in every row; rows where there is none fail."""
+        unusable = [slot for slot, fine in enumerate(torch.isfinite(scores.amax(dim=-1)).tolist()) if not fine]
+        for slot in unusable:
+            damaged = not bool(torch.isfinite(logits[slot].amax()))
+            self.rows[slot].fail(ValueError(DAMAGED if damaged else NOTHING_LEFT))
+        return scores.index_fill(0, torch.tensor(unusable, device=scores.device), 0.0) if unusable else scores
 
 
 class Batch:
@@ -267,6 +298,7 @@ class Batch:
         else:
             assert self.cache is not None
             self._end_lookup()
+            self.cache.check_setting(prefill.cache.setting)
             self.cache.reserve(len(self.rows) + len(new), max(self.cache.length, prefill.cache.length) + 1)
             self.logits = torch.cat((self.logits, logits))
             cache, self.cache = self.cache, None
@@ -285,20 +317,14 @@ class Batch:
                 group.add(added, self.logits.shape[1], self.logits.device)
 
     def choose(self) -> list[tuple[Row, list[Piece]]]:
-        """One more token for every row; ends those whose output is not finite, with `error` and without a piece."""
-        finite = torch.isfinite(self.logits.amax(dim=-1)).tolist()
-        broken = [slot for slot, fine in enumerate(finite) if not fine]
-        for slot in broken:
-            self.rows[slot].done, self.rows[slot].error = True, ValueError(DAMAGED)
-        if broken:
-            self.logits = self.logits.index_fill(0, torch.tensor(broken, device=self.logits.device), 0.0)
+        """One more token for every row; a row that cannot go on is done, with `error` and without a piece."""
         slots = {row: slot for slot, row in enumerate(self.rows)}
-        taken = []
+        taken: list[tuple[Row, list[Piece]]] = []
         for group in self._groups:
             places = [slots[row] for row in group.rows]
-            whole = places == list(range(len(finite)))
+            whole = places == list(range(len(self.rows)))
             taken += group.choose(self.logits if whole else self.logits[torch.tensor(places, device=self.logits.device)])
-        return [(row, [] if row.error else pieces) for row, pieces in taken]
+        return taken
 
     def feed(self) -> None:
         """Compute what comes after the tokens that were chosen."""
@@ -340,13 +366,13 @@ class Batch:
             group.remove(gone)
         self._groups = [group for group in self._groups if group.rows]
 
-    def running(self, rows: Sequence[Row] | None = None) -> list[tuple[list[int], KVCache, int]]:
-        """The tokens of rows (None: all) that are in the cache, with their places: what a prompt may begin with."""
-        self._end_lookup()
-        if self.cache is None:
+    def running(self, rows: Sequence[Row]) -> list[tuple[list[int], KVCache, int]]:
+        """The tokens of these rows that are in the cache, with their places: what a prompt may begin with."""
+        if self.cache is None or not rows:
             return []
+        self._end_lookup()
         counts = (self.cache.length - self.cache.starts).tolist()
-        slots = range(len(self.rows)) if rows is None else map(self.rows.index, rows)
+        slots = map(self.rows.index, rows)
         return [(self.rows[slot].ids[: counts[slot]], self.cache, slot) for slot in slots]
 
     def keep(self, row: Row) -> tuple[list[int], KVCache] | None:

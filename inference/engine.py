@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from inference.beam import beam_search
-from inference.decoding import DAMAGED, SPARE_COLUMNS, Batch, Completion, Piece, Prefill, Row
+from inference.decoding import Batch, Completion, Piece, Prefill, Row
 from inference.prefixes import PromptCache
 from inference.sampling import SamplingSettings, prompt_seeds
-from model.cache import KVCache
+from model.cache import CacheSetting, KVCache
 from model.config import HaoAIConfig
 
 __all__ = ["Completion", "Engine", "Piece", "PromptCache", "generate_ids"]
@@ -63,17 +64,14 @@ class Engine:
         return self.config.max_position_embeddings
 
     @property
-    def cache_setting(self) -> tuple[tuple[int, float] | None, object | None]:
+    def cache_setting(self) -> CacheSetting:
         """What keys and values depend on besides tokens and weights: the reasoning head's setting and the LoRA adapter in use."""
-        return getattr(self.model, "reasoning_setting", None), getattr(self.model, "adapter", None)
+        return self.model.cache_setting  # type: ignore[return-value]
 
     def end_tokens(self, settings: SamplingSettings) -> tuple[int, ...]:
-        """The ids that end a reply: those of the settings, else all that the tokenizer names."""
-        if settings.eos_token_id is not None:
-            return settings.eos_ids
-        if self.tokenizer is None:
-            return ()
-        return tuple(self.tokenizer.stop_ids)
+        """The ids that end a reply: those of the settings, else all that the tokenizer names. Ids that can never come are left out."""
+        named = settings.eos_ids if settings.eos_token_id is not None or self.tokenizer is None else self.tokenizer.stop_ids
+        return tuple(token for token in named if token < self.vocab_size)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         parameter = next(self.model.parameters())
@@ -81,10 +79,7 @@ class Engine:
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """Feed prompts ids (B, T), left-padded where mask (B, T) is 0; returns the next logits (B, V)."""
-        logits = self.feed(ids, cache, mask)[:, -1]
-        if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-            raise ValueError(DAMAGED)
-        return logits
+        return self.feed(ids, cache, mask)[:, -1]
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token per row, tokens (B,); returns the next logits (B, V)."""
@@ -113,9 +108,10 @@ class Engine:
         All samples of a prompt share its prefill; rows that finish leave the batch. With a seed, a prompt's replies do
         not depend on what else is in the batch (up to the rounding of batched products); the same prompt given twice
         goes on with the next samples. One seed gives every prompt the same draws; `seeds` gives each its own
-        (`generate_many` makes them). Raises ValueError for an empty prompt or one longer than the context.
+        (`generate_many` makes them). Nothing is drawn in beam search: there seeds change nothing. Raises ValueError for an empty
+        prompt or one longer than the context.
         """
-        lists = [list(prompt) for prompt in prompts]
+        lists = [token_ids(prompt) for prompt in prompts]
         if seeds is not None and len(seeds) != len(lists):
             raise ValueError(f"{len(lists)} prompts need as many seeds, got {len(seeds)}")
         if settings.num_beams > 1:
@@ -148,8 +144,10 @@ class Engine:
     ) -> Iterator[list[tuple[int, list[Completion]]]]:
         """Replies to any number of prompts, `at_once` of like length together: batches of (number of the prompt, its completions).
 
-        With settings.seed every prompt has draws of its own, whatever batch it is in.
+        With settings.seed every prompt has draws of its own, whatever batch it is in. Raises ValueError like `generate`.
         """
+        if at_once < 1:
+            raise ValueError(f"at_once must be at least 1 prompt, got {at_once}")
         seeds = None if settings.seed is None else prompt_seeds(settings.seed, len(prompts))
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         for start in range(0, len(order), at_once):
@@ -163,7 +161,7 @@ class Engine:
         With a PromptCache, the part of the prompt that it already holds is not computed again. Closing the iterator at
         any point leaves the cache usable. Raises ValueError like `generate`; settings.n must be 1.
         """
-        prompt = list(ids)
+        prompt = token_ids(ids)
         if settings.n != 1:
             raise ValueError(f"a stream gives one reply, got n={settings.n}; call generate for several")
         if settings.num_beams != 1:
@@ -176,12 +174,12 @@ class Engine:
         if row.done:
             yield Piece("", row.channel, [], "length")
             return
-        adapter, epoch = self.cache_setting[1], held.epoch
+        epoch = held.epoch
         # Each step enters inference mode by itself: around a yield it would leak into the caller's code.
         with self.evaluating(), torch.inference_mode():
             prefix = held.find(row.prompt, self)
             own = prefix is not None and held.use(prefix)
-            prefill = Prefill(self, [row.prompt], [prefix], min(row.limit, SPARE_COLUMNS), own)
+            prefill = Prefill(self, [row.prompt], [prefix], row.limit, own)
             held.reused = prefill.reused[0]
             prefill.advance()
             batch.join(prefill, [[row]])
@@ -199,7 +197,7 @@ class Engine:
             with torch.inference_mode():
                 kept = None if row.error else batch.keep(row)
             if kept is not None:
-                held.put(*kept, adapter, epoch)
+                held.put(*kept, epoch)
 
     def room(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
         """How many tokens may follow this prompt. Raises ValueError for one that the model cannot read, or settings it cannot meet."""
@@ -233,6 +231,14 @@ class Engine:
         finally:
             if training:
                 self.model.train()
+
+
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    """A prompt as a list; also from an array or a tensor (T,). Raises ValueError for what is no sequence of whole numbers."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(f"a prompt is a list of token ids, such as tokenizer.encode(text), not {prompt!r:.60}") from error
 
 
 def generate_ids(
@@ -294,6 +300,8 @@ def generate_ids(
         pad_token_id = settings.eos_ids[0] if settings.eos_ids else 0
     completions = Engine(model).generate(_unpadded_rows(input_ids, attention_mask), settings)
     new = [completion.ids for row in completions for completion in row]
+    if len(new) < num_return_sequences * len(input_ids):
+        raise ValueError(f"there are fewer than num_return_sequences={num_return_sequences} different replies: ask for fewer")
     longest = max(map(len, new))
     # Built outside inference mode: training code may go on with these ids.
     filled = [row + [pad_token_id] * (longest - len(row)) for row in new]

@@ -128,7 +128,7 @@ _SLOTS = [
 ]
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1 << 17)
 def slots(text: str) -> frozenset[str]:
     """Names of what a text says about its writer where a later text replaces an earlier one: "home" of "I moved to Berlin" and of
     我住在巴黎, "my dog" of "My dog is called Biscuit". Questions say nothing."""
@@ -140,7 +140,7 @@ def slots(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1 << 17)
 def importance(text: str, role: str = "user") -> tuple[float, str]:
     """How much a message matters, from 0 to 1, and why: that of its most important sentence by this table.
 

@@ -27,8 +27,10 @@ CONVERSATIONS, PAIRS, JUDGED = "sft", "rlhf", "judged"
 class Feedback:
     """Writes verdicts on answers below `folder` (subfolders sft, rlhf and judged).
 
-    A prompt is a list of messages that ends with the user's (or a tool's); an answer is the message of the assistant. Every method
-    returns the files that it wrote to, and raises ValueError for what no stage could learn from, OSError where nothing can be written.
+    A prompt is a list of messages that ends with the user's (or a tool's); an answer is the message of the assistant. tools: the
+    descriptions that the model was shown. source: what else is to be kept beside the row; thinking=False says that the thinking was
+    skipped. Every method returns the files that it wrote to, and raises ValueError for what no stage could learn from, OSError where
+    nothing can be written.
     """
 
     def __init__(self, folder: str | Path = "training_data", model: str = "") -> None:
@@ -39,10 +41,7 @@ class Feedback:
     def good(self, prompt: Sequence[Message], answer: Message, **source: Any) -> list[Path]:
         """The answer is worth learning; with an answer to the same prompt that was bad, a pair as well."""
         _check(prompt, answer)
-        row: dict[str, Any] = {"conversations": [*prompt, answer]}
-        if source.get("thinking") is False and not answer.get("reasoning_content"):
-            row["chat_template_kwargs"] = {"enable_thinking": False}
-        written = [self._append(CONVERSATIONS, row, source)]
+        written = [self._append(CONVERSATIONS, {"conversations": [*prompt, answer]}, [answer], source)]
         return written + self._paired(prompt, answer, True, source)
 
     def bad(self, prompt: Sequence[Message], answer: Message, better: str = "", **source: Any) -> list[Path]:
@@ -50,7 +49,7 @@ class Feedback:
         _check(prompt, answer)
         if better.strip():
             return self.better(prompt, {"role": "assistant", "content": better.strip()}, answer, **source)
-        written = [self._append(JUDGED, {"prompt": list(prompt), "completion": [answer], "label": False}, source)]
+        written = [self._append(JUDGED, {"prompt": list(prompt), "completion": [answer], "label": False}, [answer], source)]
         return written + self._paired(prompt, answer, False, source)
 
     def better(self, prompt: Sequence[Message], chosen: Message, rejected: Message, **source: Any) -> list[Path]:
@@ -59,7 +58,8 @@ class Feedback:
         _check(prompt, rejected)
         if chosen == rejected:
             raise ValueError("the two answers are the same: nothing can be learned from preferring one")
-        return [self._append(PAIRS, {"prompt": list(prompt), "chosen": [chosen], "rejected": [rejected]}, source)]
+        row = {"prompt": list(prompt), "chosen": [chosen], "rejected": [rejected]}
+        return [self._append(PAIRS, row, [chosen, rejected], source)]
 
     def _paired(self, prompt: Sequence[Message], answer: Message, verdict: bool, source: dict[str, Any]) -> list[Path]:
         verdicts = self._verdicts.setdefault(json.dumps(list(prompt), sort_keys=True), {})
@@ -69,10 +69,14 @@ class Feedback:
             return []
         return self.better(prompt, verdicts[True], verdicts[False], **source)
 
-    def _append(self, kind: str, row: dict[str, Any], source: dict[str, Any]) -> Path:
+    def _append(self, kind: str, row: dict[str, Any], answers: list[Message], source: dict[str, Any]) -> Path:
         path = self.folder / kind / FILE
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        append_row(path, {**row, "source": {"time": now, "model": self.model, **source}})
+        source = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "model": self.model, **source}
+        if tools := source.pop("tools", None):
+            row["tools"] = tools
+        if source.get("thinking") is False and not any(answer.get("reasoning_content") for answer in answers):
+            row["chat_template_kwargs"] = {"enable_thinking": False}
+        append_row(path, {**row, "source": source})
         return path
 
 

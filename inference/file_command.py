@@ -18,7 +18,7 @@ from inference.file_plan import Plan
 from inference.file_requests import PLAN_SCHEMA
 from inference.file_texts import say
 from inference.json_text import JsonTextError, read_object
-from inference.terminal import CONTROL_CHARACTERS, interface_language
+from inference.terminal import CONTROL_CHARACTERS, YES, interface_language
 
 MOST_PLAN_CHARACTERS = 1 << 20
 
@@ -117,7 +117,7 @@ def _confirmation(options: argparse.Namespace, language: str) -> Callable[[str],
             return True
         if not sys.stdin.isatty() or options.json:
             raise ValueError(f"nobody can be asked: {question} Add --yes (twice for deleting and for renaming several files)")
-        return input(question + say("yes_no", language)).strip().lower() in ("y", "yes", "是", "好", "确定")
+        return input(question + say("yes_no", language)).strip().lower() in YES
 
     return confirm
 

@@ -337,7 +337,8 @@ class Folder:
 
     def _target(self, name: str) -> tuple[Any, dict[str, Any]]:
         """How a system call names something here."""
-        assert name not in ("", ".", "..") and "/" not in name and os.sep not in name
+        if name in ("", ".", "..") or "/" in name or os.sep in name or "\0" in name:
+            raise UnsafePath(f"{name!r:.120} is not a name")
         if self.descriptor is not None:
             return name, {"dir_fd": self.descriptor}
         self.check()

@@ -24,6 +24,7 @@ EXAMPLES = (
     "给 a.txt 加标签 工作", "列出标签为 工作 的文件",
 )  # fmt: skip
 
+_CHINESE = re.compile("[\u4e00-\u9fff]")
 _QUOTES = (("“", "”"), ("「", "」"), ("『", "』"), ("《", "》"), ('"', '"'), ("'", "'"), ("`", "`"), ("‘", "’"))
 _QUOTED = "|".join(f"{re.escape(a)}[^{re.escape(a + b)}]*{re.escape(b)}" for a, b in _QUOTES)
 # One thing that a sentence names: in quotes, or anything up to the words of the rule that follow.
@@ -51,9 +52,10 @@ _SUBFOLDERS = re.compile(
     r"|(?:包括|包含|含|及|和|连同)?(?:所有)?(?:子文件夹|子目录)(?:里|中|内|下)?的?)[)）]?",
     re.IGNORECASE,
 )
-_POLITE = re.compile(
-    r"^\s*(?:please|could you|can you|请你?|帮我|麻烦你?|帮忙)[\s,，]*|[\s,，]*(?:please|谢谢|吧)?[\s.。!！?？]*$", re.IGNORECASE
-)
+_PLEASE = re.compile(r"(?:please|could you|can you|请你?|帮我|麻烦你?|帮忙)[\s,，]*", re.IGNORECASE)
+_THANKS = re.compile(r"(?:\bplease|谢谢|吧)\Z", re.IGNORECASE)
+_GAP = re.compile(r"[\s,，(（]{40}")  # several patterns may each take a part of a gap, in every way there is
+_MARKS = " \t\r\n,，.。!！?？"
 _SEPARATOR = re.compile(r"\s*(?:\n|[;；]|[,，]?\s*然后(?:再)?|[,，]?\s*接着|,?\s+(?:and )?then\s)\s*", re.IGNORECASE)
 
 
@@ -61,6 +63,8 @@ def read_prompt(prompt: str) -> list[Request]:
     """The requests of a sentence. Raises ValueError when it is not understood as a whole, with sentences that are."""
     if len(prompt) > 4000:
         raise ValueError(f"the prompt has {len(prompt)} characters, at most 4000 are read")
+    if _GAP.search(re.sub(_QUOTED, "", prompt)):
+        raise ValueError("the prompt holds a long row of spaces or commas; put names and texts that need them in quotes")
     requests = [request for sentence in _sentences(prompt) for request in _read_one(sentence)]
     if not requests:
         raise ValueError("the prompt is empty; say what to do, such as: list")
@@ -76,9 +80,7 @@ def _sentences(prompt: str) -> list[str]:
 
 
 def _read_one(sentence: str) -> list[Request]:
-    text = sentence.strip()
-    while (shorter := _POLITE.sub("", text)) != text:
-        text = shorter
+    text = _without_politeness(sentence)
     if _NEGATED.search(re.sub(_QUOTED, "", text)):
         raise ValueError(f"{sentence.strip()!r}: exceptions and negations are not read by rules; name the files that are meant")
     found = _SUBFOLDERS.search(re.sub(_QUOTED, lambda match: "\0" * len(match.group()), text))
@@ -92,7 +94,19 @@ def _read_one(sentence: str) -> list[Request]:
             if found is not None:
                 request["subfolders"] = True
             return [{**request, "path": path} for path in request["path"].split(_AND)] if "path" in request else [request]
-    raise ValueError(f"{sentence.strip()!r} is not understood as a whole. Sentences that are: {'; '.join(EXAMPLES)}")
+    chinese = bool(_CHINESE.search(sentence))
+    known = [example for example in EXAMPLES if bool(_CHINESE.search(example)) is chinese]
+    raise ValueError(f"{sentence.strip()!r:.200} is not understood as a whole. Sentences that are: {'; '.join(known)}")
+
+
+def _without_politeness(sentence: str) -> str:
+    text = sentence.strip()
+    while True:
+        shorter = _PLEASE.sub("", text, count=1) if _PLEASE.match(text) else text
+        shorter = _THANKS.sub("", shorter.rstrip(_MARKS)).rstrip(_MARKS)
+        if shorter == text:
+            return text
+        text = shorter
 
 
 class _NotThis(Exception):

@@ -48,12 +48,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     "yes_no": (" [y/N] ", " [y/N] "),
     "refused": ("没有确认，什么都没有改。", "Not confirmed; nothing was changed."),
     "done": (
-        "完成 {done} 项，批次 {batch}（--undo {batch} 可撤销）。",
-        "Changes made: {done}, batch {batch} (--undo {batch} takes them back).",
+        "完成 {done} 项（批次 {batch}，可以撤销）。",
+        "Changes made: {done} (batch {batch}; they can be undone).",
     ),
     "stopped": (
-        "完成 {done}/{count} 项后停下：{error}。批次 {batch}，--undo {batch} 可撤销已完成的。",
-        "stopped after {done} of {count} changes: {error}. Batch {batch}; --undo {batch} takes back those that were made.",
+        "完成 {done}/{count} 项后停下：{error}（批次 {batch}，已完成的可以撤销）。",
+        "stopped after {done} of {count} changes: {error} (batch {batch}; those that were made can be undone).",
     ),
     "settled": ("上次被中断的改动已复原：{what}", "a change that was interrupted was taken back: {what}"),
     "unsettled": ("上次被中断的改动无法复原：{what}：{error}", "a change that was interrupted could not be taken back: {what}: {error}"),

@@ -101,7 +101,7 @@ class Matcher:
         turn = special_id(tokenizer, "<|im_start|>")
         edges = {self._opening, self._closing, turn, *tokenizer.stop_ids}
         self._thinking = starts_in_reasoning(tokenizer, prompt)
-        self._may_think = turn is not None and next((token for token in reversed(prompt) if token in edges), None) == turn
+        self._may_think = None not in (turn, self._opening) and next((token for token in reversed(prompt) if token in edges), None) == turn
         self._gap = 0  # line ends that may still come before the answer
         self._begun = False
         self.finished = False
@@ -163,9 +163,9 @@ class Matcher:
             raise ValueError(f"the grammar cannot go on: {self._parser.get_error().splitlines()[0]}")
 
 
-def allowed_tokens(matchers: Sequence[Matcher | None]) -> Tensor | None:
-    """bool (B, V) for `process_logits(..., allowed=...)`; a row without a grammar may say anything. None: no row has one."""
-    masks = [None if matcher is None else matcher.mask() for matcher in matchers]
+def allowed_tokens(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """From `Matcher.mask` of every row, bool (V,), to the `allowed` (B, V) of process_logits; a row of None may say anything. None: no
+    row has a mask."""
     known = next((mask for mask in masks if mask is not None), None)
     if known is None:
         return None

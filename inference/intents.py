@@ -29,14 +29,17 @@ _PARTS = {
         r"greek|dutch|hindi|turkish|swedish|polish)"
     ),
     "tongue_zh": r"(?:英|中|汉|日|法|德|韩|俄|粤|西班牙|意大利|葡萄牙|阿拉伯|拉丁)[语文]",
-    "make": r"(?:write|compose|draft|create|invent|make up|tell|come up with|finish|continue|give me|need|generate|construct|produce)",
+    "make": (
+        r"(?:write|compose|draft|create|invent|make up|tell|come up with|finish|continue|give me|need|(?:would|'d) like|want|generate|"
+        r"construct|produce)"
+    ),
     "piece": (
         r"(?:poems?|haikus?|sonnets?|stor(?:y|ies)|tales?|novels?|songs?|lyrics|essays?|letters?|e-?mails?|speech(?:es)?|"
         r"slogans?|jokes?|articles?|blog|posts?|captions?|dialogues?|toasts?|fables?|limericks?|riddles?|descriptions?|reviews?|"
         r"advert\w*|headlines?|plays?|diary|invitations?|paragraphs?|messages?|tweets?|quotes?|dialogs?|names? for)"
     ),
     "piece_zh": (
-        r"(?:诗|词牌|故事|童话|寓言|小说|作文|文章|散文|文字|段子|笑话|歌词|信(?!息)|邮件|文案|演讲|发言稿|广告|标语|口号|标题|"
+        r"(?:诗|词牌|故事|童话|寓言|小说|作文|文章|短文|散文|文字|段子|笑话|歌词|信(?!息)|邮件|文案|演讲|发言稿|广告|标语|口号|标题|"
         r"日记|对联|绝句|谜语|剧本|台词|祝福|贺词|评论|游记|俳句|推文|名字)"
     ),
     "programming": (
@@ -52,23 +55,26 @@ translation 3
     翻译(?!得|家|官|员|软件|行业|工作)|[译翻]成|译为|[中英日法德韩俄]译[中英日法德韩俄]
 translation 3
     \b(?:say|write|put|call|spell)\b.{1,80}\b(?:in|into) <tongue>\b
-    \b<tongue> (?:word|words|term|phrase|name) for\b
+    \b<tongue> (?:word|words|term|phrase|name) for\b|\bthe <tongue> (?:for|of)\b
+    \bhow (?:do|does|would|can|should)\b.{1,30}\bsay\b
 translation 3
     \bmeans?\b.{0,20}\bin <tongue>\b|\binto (?:plain )?<tongue>\b
 translation 3
     (?:用|在)?<tongue_zh>(?:里|中)?(?:该|应该)?(?:怎么|怎样|如何)?[说讲写读念表]
-    的<tongue_zh>(?:意思|翻译|怎么|是什么|是啥|单词)
+    的<tongue_zh>(?:意思|翻译|怎么|是什么|是啥|单词)|[变转改换写](?:换|写)?[成为作]<tongue_zh>
 summary 3
     \bsummar(?:y|ies|i[sz]e[sd]?|i[sz]ing)\b|\bsum (?:it |this |that )?up\b|\btl;?dr\b|\bgist\b|\bin a nutshell\b
-    \bshort overview\b
+    \b(?:short|shorter|brief|condensed) (?:overview|version)\b|\brecap\b|\b(?:boil|cut|trim)\b.{1,40}\bdown\b
 summary 3
-    \b(?:main|key|most important) (?:points?|ideas?|takeaways?|messages?)\b
+    \b(?:main|key|most important) (?:points?|ideas?|messages?)\b|\btakeaways?\b
     \b(?:shorten|condense|abridge|boil down)\b
 summary 3
     总结|概括|概述|归纳|摘要|提炼|要点|缩写成|缩短|精简|主要内容|主旨|中心思想|梗概|简要(?:说明|介绍|概)|太长不看
+    用[一两三几]句话(?:说|讲)|压缩[成到为]|(?:提取|抓住?|找出|列出).{0,4}重点
+    (?:这[篇段封本个]|文章|下面|上面).{0,8}[讲说]了?(?:些)?(?:什么|啥)
 role 3
     \bpretend\b|\bact (?:as|like)\b|\brole-?\s?play|\bimagine (?:that )?you(?:'re| are)\b
-    \bplay the (?:part|role) of\b|\bas if you were\b
+    \bplay the (?:part|role) of\b|\bas if you were\b|\byou(?:'re| are| will be) (?:the|an?|my) .{1,30}\band I(?:'m| am|'ll be)\b
 role 3
     ^(?:from now on,? |now |today )?(?:you are|you're) (?:now )?(?:an?|my|the)\b
     \b(?:speak|talk|answer|reply)(?: to me)? (?:like|as)\b
@@ -76,7 +82,7 @@ role 3
     ^be my\b|\bin the (?:voice|style|role|persona) of\b(?=.*\b(?:answer|talk|speak|reply|chat)\b)
 role 3
     扮演|假[设如装]你|你(?:现在|来|要|今天)?(?:就)?[当是做](?:一[位名个只]|面试|我的)|角色扮演|充当|你来?当
-    的(?:口吻|语气|身份)
+    的(?:口吻|口气|语气|腔调|身份)
 role 2
     从现在(?:开始|起)|^模拟
 code 2.5
@@ -97,7 +103,7 @@ writing 3
     \b<make>\b.{0,50}\b<piece>\b
 writing 3
     (?:写|作|编|讲|拟|创作|起草|来|给(?!定)|想|生成|制作)(?!成|为).{0,16}<piece_zh>|续写|接着写
-    (?:写|描写).{0,12}(?:一段|片段)|(?:起|取)[几一]?个?.{0,4}名
+    (?:写|描写).{0,12}(?:一段|片段)|以.{1,12}为(?:题|主题|背景).{0,4}[写编讲作来]|(?:起|取)[几一]?个?.{0,4}名
 writing 1.5
     ^(?:please |can you |could you )?(?:write|compose|draft|invent|make up|rewrite|rephrase|paraphrase|proofread)\b
     ^(?:请|帮我|给我)*(?:写|撰写|编(?!写|译)|创作|改写|重写|润色)
@@ -134,7 +140,7 @@ chat 2
 chat 2
     \b(?:do|are|did|have|would|can|will) you (?:like|love|feel|think|want|know me|okay|happy|sad|remember|a robot|human)\b
 chat 2
-    你(?:觉得|喜欢|叫|是谁|几岁|多大|好吗|在吗|累|怎么看|怎么样|开心|记得|爱)|^在吗|最近(?:怎么样|好吗|忙)
+    你(?:平时|平常|一般|最|也|还|真的?|到底)?(?:觉得|喜欢|叫|是谁|几岁|多大|好吗|在吗|累|怎么看|怎么样|开心|记得|爱)|^在吗|最近(?:怎么样|好吗|忙)
     \bwho are you\b|\byour (?:name|favou?rite)\b
 """
 

@@ -34,13 +34,39 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 _LENGTHS = {"minItems": ("maxItems", "entries"), "minLength": ("maxLength", "characters")}
 
 
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+_FORMS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
+    ("type",): (lambda value: isinstance(value, str) or (_is_list_of(str, value) and bool(value)), "a name or a list of names"),
+    ("enum",): (lambda value: isinstance(value, list) and bool(value), "a list that is not empty"),
+    ("anyOf",): (lambda value: _is_list_of(dict, value) and bool(value), "a list of schemas that is not empty"),
+    ("properties",): (lambda value: isinstance(value, dict), "an object of schemas"),
+    ("required",): (lambda value: _is_list_of(str, value), "a list of names"),
+    ("additionalProperties",): (lambda value: isinstance(value, (bool, dict)), "true, false or a schema"),
+    ("items",): (lambda value: isinstance(value, dict), "a schema"),
+    ("minItems", "maxItems", "minLength", "maxLength"): (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+        "a whole number of at least 0",
+    ),
+    tuple(_BOUNDS): (_TYPES["number"], "a number"),
+    ("pattern",): (lambda value: isinstance(value, str), "a regular expression"),
+}
+"""What the values of keywords must be."""
+
+
 def check_schema(schema: Any, where: str = "the schema") -> None:
-    """ValueError when a schema uses what `problems` would pass over in silence ($ref, allOf, a mistyped keyword)."""
+    """ValueError when a schema uses what `problems` would pass over in silence ($ref, allOf, a mistyped keyword), or is none."""
     if not isinstance(schema, dict):
         raise ValueError(f"{where} must be an object, not {_type_name(schema)}")
     unknown = sorted(set(schema) - {*CHECKED, *NOTES})
     if unknown:
         raise ValueError(f"{where} uses {', '.join(unknown)}, which is not checked here; known: {', '.join(CHECKED)}")
+    for keywords, (fits, form) in _FORMS.items():
+        for keyword in keywords:
+            if keyword in schema and not fits(schema[keyword]):
+                raise ValueError(f"{where}: {keyword} must be {form}, not {schema[keyword]!r:.60}")
     for name in [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type", []):
         if name not in _TYPES:
             raise ValueError(f"{where}: there is no type {name!r}; known: {', '.join(_TYPES)}")
@@ -51,10 +77,11 @@ def check_schema(schema: Any, where: str = "the schema") -> None:
             raise ValueError(f"{where}: pattern {schema['pattern']!r} is no regular expression: {error}") from error
     for name, inner in schema.get("properties", {}).items():
         check_schema(inner, f"{where}, property {name}")
-    inner = [("items", schema.get("items")), ("additionalProperties", schema.get("additionalProperties"))]
-    for name, value in [*inner, *(("anyOf", choice) for choice in schema.get("anyOf", []))]:
-        if value is not None and not (name == "additionalProperties" and isinstance(value, bool)):
-            check_schema(value, f"{where}, {name}")
+    for name, inner in [(name, schema.get(name)) for name in ("items", "additionalProperties")]:
+        if isinstance(inner, dict):
+            check_schema(inner, f"{where}, {name}")
+    for inner in schema.get("anyOf", []):
+        check_schema(inner, f"{where}, anyOf")
 
 
 def problems(value: Any, schema: dict[str, Any], where: str = "") -> list[str]:

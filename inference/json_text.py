@@ -2,7 +2,7 @@
 
 Repaired: a code fence around it, line breaks inside texts, a comma before a closing bracket, closing brackets that are missing (or
 too many) at the very end, and a dict in Python's spelling ('...', True, None). Refused: words before or behind it, a text that is
-not closed, a key twice, NaN and Infinity.
+not closed, a key twice, NaN and Infinity, half a character ("\\ud83d" alone).
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def read_object(text: str) -> dict[str, Any]:
         value = _mended(text, error)
     if not isinstance(value, dict):
         raise JsonTextError(f"an object in braces is expected, not {type(value).__name__}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise JsonTextError(f"{ascii(error.object[error.start])} is half a character") from error
+    except RecursionError as error:
+        raise JsonTextError("it is nested too deeply") from error
     return value
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from inference.sampling import SamplingSettings
-from model.adapter_files import adapter_base, is_adapter
+from model.adapter_files import adapter_base, is_adapter, load_adapter
 from model.checkpoint import GENERATION_FILE, find_model
 from model.device import find_device
+from model.lora import Adapter, use_adapter
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 
@@ -29,6 +30,29 @@ class Loaded:
     tokenizer: BPETokenizer
     settings: SamplingSettings
     adapter: Path | None
+
+
+class Adapters:
+    """The LoRA adapters of one model: each is read once, one or none is in use."""
+
+    def __init__(self, model: SmartHaoAI) -> None:
+        self.model = model
+        self.current: str | None = None
+        """Folder of the one in use."""
+        self._known: dict[str, Adapter] = {}
+
+    def use(self, path: str | Path | None) -> None:
+        """Switch to the adapter in a folder, or to none. FileNotFoundError, or ValueError when it was made for another base."""
+        if path is None:
+            use_adapter(self.model, None)
+        else:
+            folder = find_model(path)
+            key = str(folder.resolve())
+            if key in self._known:
+                use_adapter(self.model, self._known[key])
+            else:
+                self._known[key] = load_adapter(self.model, folder)
+        self.current = None if path is None else Path(path).as_posix()
 
 
 def load_stage(path: str | Path, device: str | torch.device | None, dtype: torch.dtype, settings: dict[str, Any]) -> Loaded:

@@ -48,6 +48,15 @@ def fit_cells(text: str, width: int) -> str:
     return text + "…"
 
 
+def wrapped(text: str, width: int) -> str:
+    """A plain text with its lines broken between words, so that the terminal does not break them within."""
+    stream = MarkdownStream(width)
+    for character in text.expandtabs(4):
+        stream._show(character)
+    stream._end_word()
+    return stream._taken()
+
+
 class MarkdownStream:
     """One answer. `push` returns what to write to the terminal now; `finish` the rest."""
 

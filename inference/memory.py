@@ -25,10 +25,8 @@ import numpy as np
 
 from inference.facts import extractive_summary, importance, key_facts, named_topics, slots, topics
 from inference.lexical import Bm25, language, search_parts, search_words, sentences
-from inference.memory_file import MemoryFile, read_export, write_export
+from inference.memory_file import LONGEST_TEXT, MemoryFile, read_export, storable, write_export
 
-LONGEST_TEXT = 4000
-"""Characters of one memory; of a longer message the sentences that matter most are kept."""
 LONGEST_SUMMARY = 1500
 SMALLEST_SCORE = 0.15
 SMALLEST_IMPORTANCE = 0.2
@@ -99,8 +97,8 @@ class ConversationMemory:
         embed: Callable[[list[str]], Any] | None = None,
         enabled: bool = True,
     ) -> None:
-        if capacity < 2:
-            raise ValueError(f"a memory with a capacity of {capacity} can hold nothing: use 2 or more (1000 is the default)")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 2:
+            raise ValueError(f"a memory with a capacity of {capacity!r} can hold nothing: use a whole number of 2 or more, such as 1000")
         self.path = None if str(path) == ":memory:" else Path(path)
         self._file = MemoryFile(self.path)
         self.capacity, self.summarise, self.embed, self.enabled = capacity, summarise, embed, enabled
@@ -127,11 +125,10 @@ class ConversationMemory:
 
     def add(self, role: str, text: str) -> Memory | None:
         """Remember what was said; returns the memory, or None when off or when there is nothing to remember. What is already there word
-        for word becomes the newest instead of a second one;
-        of a very long text the sentences that matter most are kept."""
+        for word becomes the newest instead of a second one; of a very long text the sentences that matter most are kept."""
         if role not in ("user", "assistant"):
             raise ValueError(f"role {role!r} is not remembered: use user or assistant")
-        text = text.strip()
+        text = storable(text)
         if not self.enabled or not text:
             return None
         with self._lock:
@@ -203,7 +200,7 @@ class ConversationMemory:
 
     def edit(self, number: int, text: str) -> Memory:
         """Replace the text of a memory; the old one is overwritten in the file."""
-        text = text.strip()
+        text = storable(text)
         if not text:
             raise ValueError(f"memory {number} cannot become empty: forget it instead")
         with self._lock:
@@ -399,7 +396,7 @@ def _standing_out(cosines: np.ndarray) -> np.ndarray:
     return np.clip((cosines - cosines.mean()) / max(float(cosines.std()), 1e-6) - 2, 0, 4) / 4
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1 << 17)
 def _index_words(text: str) -> tuple[str, ...]:
     """What a line is found by; its topics, too, so that "where do I live" finds 我搬到了柏林."""
     return (*search_words(text), *(f"#{topic}" for topic in named_topics(text)))

@@ -43,9 +43,13 @@ class MemoryFile:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._db: sqlite3.Connection | None = None
+        self._opened = 0
 
     def open(self, create: bool = False) -> sqlite3.Connection | None:
-        """The open file; None when there is none yet and it is not to be made."""
+        """The open file; None when there is none yet and it is not to be made. A file that was deleted meanwhile is let go of: what was in
+        it was to be gone."""
+        if self._db is not None and self.path is not None and not self.path.exists():
+            self.close()
         if self._db is not None or (self.path is not None and not create and not self.path.exists()):
             return self._db
         if self.path is not None:
@@ -61,6 +65,7 @@ class MemoryFile:
                 db.close()
                 raise
         self._db = db
+        self._opened += 1
         return db
 
     @contextmanager
@@ -85,7 +90,7 @@ class MemoryFile:
 
     def state(self) -> Any:
         """Something that differs after every change, by this process or another."""
-        return self.query("PRAGMA data_version"), self._db.total_changes if self._db else 0
+        return self.query("PRAGMA data_version"), self._db.total_changes if self._db else 0, self._opened
 
     def pack(self) -> None:
         """Rewrite the file without what was deleted."""
@@ -143,7 +148,7 @@ def write_export(path: Path, profile: str, rows: Sequence[tuple[str, str, str]])
 def read_export(path: Path) -> list[tuple[str, str, str]]:
     """(role, text, created) of an exported file. ValueError naming the bad entry."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != EXPORT_FORMAT or not isinstance(content.get("memories"), list):
@@ -158,5 +163,10 @@ def read_export(path: Path) -> list[tuple[str, str, str]]:
             created = datetime.fromisoformat(str(entry["created"]).replace("Z", "+00:00")).isoformat() if "created" in entry else ""
         except ValueError as error:
             raise ValueError(f"{path}: memory {number} was created {entry['created']!r}; write 2026-01-31T12:00:00+00:00") from error
-        rows.append((entry["role"], entry["text"].strip()[:LONGEST_TEXT], created))
+        rows.append((entry["role"], storable(entry["text"])[:LONGEST_TEXT], created))
     return rows
+
+
+def storable(text: str) -> str:
+    """A text without the space around it and without halves of characters, which no file can hold."""
+    return text.strip().encode("utf-8", "replace").decode("utf-8")

@@ -18,8 +18,6 @@ class Kept:
 
     ids: list[int]
     cache: KVCache
-    adapter: object | None = None
-    """The LoRA adapter that they were computed with."""
 
 
 @dataclass
@@ -37,14 +35,16 @@ class Prefix:
 
 
 class PromptCache:
-    """Keys and values of the last `size` replies and their prompts, the least recently used given up first.
+    """Keys and values of the last `size` replies and their prompts, of at most max_tokens tokens in all (None: no limit); the least
+    recently used are given up first.
 
     One conversation needs one place (`Engine.stream(..., cache=PromptCache())`), a `Batcher` keeps several. A prompt that begins with
     the same token ids is computed from the first one that differs; its last token is always computed: the reply starts from it.
+    Call `clear` when the model's weights change.
     """
 
-    def __init__(self, size: int = 1) -> None:
-        self.size = size
+    def __init__(self, size: int = 1, max_tokens: int | None = None) -> None:
+        self.size, self.max_tokens = size, max_tokens
         self.entries: list[Kept] = []
         """Least recently used first."""
         self.hits = 0
@@ -74,13 +74,13 @@ class PromptCache:
 
     def find(self, prompt: Sequence[int], engine: Engine, running: Iterable[tuple[list[int], KVCache, int]] = ()) -> Prefix | None:
         """The longest beginning of the prompt that is here or in a running row, each given as (ids, cache, row); None: there is none."""
-        setting, adapter = engine.cache_setting
-        places = [(entry.ids, entry.cache, 0, entry) for entry in reversed(self.entries) if entry.adapter is adapter]
+        setting = engine.cache_setting
+        places = [(entry.ids, entry.cache, 0, entry) for entry in reversed(self.entries)]
         best: Prefix | None = None
         for ids, cache, row, kept in [*places, *((*place, None) for place in running)]:
             prefix = Prefix(cache, row, min(common_prefix(prompt, ids), len(prompt) - 1), kept)
             longer = prefix.length > (best.length if best else 0)
-            if longer and cache.reasoning_setting == setting and prefix.reaches(prefix.length):
+            if longer and setting.same(cache.setting) and prefix.reaches(prefix.length):
                 best = prefix
         return best
 
@@ -96,13 +96,16 @@ class PromptCache:
         self.entries.append(kept)
         return False
 
-    def put(self, ids: list[int], cache: KVCache, adapter: object | None, epoch: int) -> None:
+    def put(self, ids: list[int], cache: KVCache, epoch: int) -> None:
         """Keep a row that has ended. epoch: that of the time when it began; what began before `clear` is not kept."""
         if not self.size or epoch != self.epoch or not ids:
             return
         # Whoever goes on from an earlier turn of this conversation finds it in the later one.
-        self.entries = [entry for entry in self.entries if entry.adapter is not adapter or ids[: len(entry.ids)] != entry.ids]
-        self.entries = [*self.entries, Kept(ids, cache, adapter)][-self.size :]
+        setting = cache.setting
+        others = [entry for entry in self.entries if not setting.same(entry.cache.setting) or ids[: len(entry.ids)] != entry.ids]
+        self.entries = [*others, Kept(ids, cache)][-self.size :]
+        while self.max_tokens is not None and sum(len(entry.ids) for entry in self.entries) > self.max_tokens:
+            del self.entries[0]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ to the message: a small model that never saw instructions is only confused by th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,13 @@ class SmartPromptEngineer:
         """What a message asks for, by the rules of `inference.intents`."""
         return detect(text)
 
-    def choose(self, text: str) -> Choice:
-        """The template that suits a message: one of the user's with a word of it, else that of its intent; `chat` when unsure."""
+    def choose(self, text: str, given: Collection[str] | None = None) -> Choice:
+        """The template that suits a message: one of the user's with a word of it, else that of its intent; `chat` when unsure. given: names
+        of the fields that will be given; templates that need others are passed over."""
         lowered = text.lower()
         for template in self.templates.values():
             cues = [word for word in template.words if _occurs(word.lower(), lowered)]
-            if cues:
+            if cues and (given is None or set(template.required) <= {"question", *given}):
                 return Choice(template.name, self._say("words", name=template.name, cues=self._quoted(cues)))
         intent = detect(text)
         if intent.name == "chat":
@@ -147,7 +148,7 @@ class SmartPromptEngineer:
         """
         if template is not None and template not in self.templates:
             raise ValueError(f"there is no template {template!r}; there are {', '.join(self.templates)}")
-        choice = self.choose(text) if template is None else Choice(template, self._say("chosen"))
+        choice = self.choose(text, fields) if template is None else Choice(template, self._say("chosen"))
         chosen = self.templates[choice.template]
         lang = language(text)
         values = {**fields, "question": text, "language": _LANGUAGE_NAMES[lang]}

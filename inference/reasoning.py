@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from inference.answers import answer_key, final_answer
+from inference.conversations import check_messages
 from inference.engine import Completion, Engine
+from inference.lexical import Language, language
 from inference.reasoning_view import draw, tree
 from inference.rendering import render_prompt
 from inference.sampling import SamplingSettings
@@ -30,6 +32,7 @@ from inference.thinking import Call, ThinkingMatcher, guided, replayed
 
 MAX_NEW_TOKENS = 1024  # when no settings are given; the context may hold less
 MAX_STEPS = 6
+PLAN_TOKENS = 256
 LONGEST_NOTE = 160  # characters of what is carried from a step to the next ones
 
 Messages = Sequence[dict[str, Any]]
@@ -107,7 +110,7 @@ def generate_with_reasoning(
     are written; a tie goes to the likeliest sample. thinking: True opens it, False skips it, None leaves it to the model.
     budget, calculator: see `inference.thinking.guided`; a budget of 0 is no thinking. settings: default greedy for one sample, else
     SamplingSettings(); max_new_tokens counts thinking and answer. tools: as for the chat template.
-    Raises ValueError for bad values, an engine without tokenizer, and thinking that the model has no token for.
+    Raises ValueError for bad values and messages, an engine without tokenizer, and thinking that the model has no token for.
     """
     started = time.perf_counter()
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -122,6 +125,7 @@ def generate_with_reasoning(
         raise ValueError(f"samples={samples} with temperature 0 would all be the same: set a temperature, such as 0.8")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    check_messages(messages)
     prompt = render_prompt(engine.tokenizer, messages, False if budget == 0 else thinking, tools)
     used = guided(settings, engine, prompt, budget, calculator)
     replies = engine.generate([prompt], dataclasses.replace(used, n=samples, logprobs=True))[0]
@@ -232,11 +236,10 @@ PROMPTS = {
     "answer": ("请根据以上结果给出最终答案。", "Give the final answer from these results."),
 }
 _NUMBERED = re.compile(
-    r"^[ \t>#*_]*(?:\(?\d{1,2}[.)、．:：）]|[①-⑳]|第[一二三四五六七八九十\d]{1,3}步[：:，,、]?|"
+    r"^[ \t>#*_]*(?:\(?\d{1,2}[.)、．:：）](?!\d)|[①-⑳]|[一二三四五六七八九十]{1,3}、|第[一二三四五六七八九十\d]{1,3}步[：:，,、]?|"
     r"步骤[ \t]*[一二三四五六七八九十\d]{1,3}[：:.、]?|Step[ \t]+\d{1,2}[:.)]?|[-•*][ \t])[ \t*_]*(\S.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 @dataclass
@@ -263,14 +266,14 @@ class ReasoningPath:
     planned: bool = True
     """False: the model gave no plan, and the question was answered in one step."""
     answer_confidence: float = 0.0
-    language: str = "en"
+    language: Language = "en"
     seconds: float = 0.0
 
-    def text(self, language: str | None = None, width: int = 100) -> str:
+    def text(self, language: Language | None = None, width: int = 100) -> str:
         """The path as an indented tree; language zh or en (default: that of the question), width in columns of a terminal."""
         return tree(self, language or self.language, width)
 
-    def picture(self, path: str | Path, language: str | None = None) -> Path:
+    def picture(self, path: str | Path, language: Language | None = None) -> Path:
         """Draw the path as a PNG (or what the suffix says); returns the file. ValueError without matplotlib (extra `app`)."""
         return draw(self, Path(path), language or self.language)
 
@@ -286,7 +289,7 @@ class MultiStepReasoning:
         self,
         engine: Engine,
         *,
-        language: str | None = None,
+        language: Language | None = None,
         max_steps: int = MAX_STEPS,
         samples: int = 1,
         thinking: bool | None = None,
@@ -295,7 +298,7 @@ class MultiStepReasoning:
         settings: SamplingSettings | None = None,
     ) -> None:
         """language: zh or en, default that of the question. The rest, as in `generate_with_reasoning`, holds for steps and answer;
-        plans are greedy. Raises ValueError for bad values."""
+        plans are greedy and without thinking. Raises ValueError for bad values."""
         if language not in (None, "zh", "en"):
             raise ValueError(f"language must be zh, en or None (that of the question), got {language!r}")
         if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
@@ -315,39 +318,37 @@ class MultiStepReasoning:
         if not question.strip():
             raise ValueError("the question is empty: ask something")
         started = time.perf_counter()
-        language = self.language or ("zh" if _HAN.search(question) else "en")
-        plan = self._plan(question, language)
+        lang = self.language or language(question)
+        plan = self._plan(question, lang)
         steps: list[ReasoningStep] = []
         for title in plan or [question]:
-            done = self._ask(question, "step", language, steps, step=title) if plan else self._generate(question)
+            done = self._ask(question, "step", lang, steps, step=title) if plan else self._generate(question)
             steps.append(ReasoningStep(title, done.answer.strip(), done.confidence, done.thinking, done.calls, done.finish_reason))
             if progress is not None:
                 progress(steps[-1])
-        path = ReasoningPath(question, steps, steps[-1].result, 1.0, bool(plan), steps[-1].confidence, language)
+        path = ReasoningPath(question, steps, steps[-1].result, 1.0, bool(plan), steps[-1].confidence, lang)
         if plan:
-            last = self._ask(question, "answer", language, steps)
+            last = self._ask(question, "answer", lang, steps)
             path.answer, path.answer_confidence = last.answer.strip(), last.confidence
         path.confidence = math.prod(step.confidence for step in steps) * (path.answer_confidence if plan else 1.0)
         path.seconds = time.perf_counter() - started
         return path
 
-    def _plan(self, question: str, language: str) -> list[str]:
+    def _plan(self, question: str, lang: Language) -> list[str]:
         """The steps that the model names, at most max_steps; none when it names fewer than two."""
-        prompt = _prompt(question, language, "", _words("plan", language).format(most=self.max_steps))
-        limit = self.options["settings"].max_new_tokens if self.options["settings"] else 256
-        settings = SamplingSettings(limit, temperature=0.0)
-        options = {**self.options, "samples": 1, "calculator": False, "settings": settings}
-        text = generate_with_reasoning(self.engine, prompt, **options).answer
+        prompt = _prompt(question, lang, "", _words("plan", lang).format(most=self.max_steps))
+        settings = SamplingSettings(PLAN_TOKENS, temperature=0.0)
+        text = generate_with_reasoning(self.engine, prompt, budget=0, settings=settings).answer
         return read_plan(text, question)[: self.max_steps]
 
-    def _ask(self, question: str, kind: str, language: str, steps: Sequence[ReasoningStep], **words: str) -> ReasoningResult:
+    def _ask(self, question: str, kind: str, lang: Language, steps: Sequence[ReasoningStep], **words: str) -> ReasoningResult:
         """The next thing to ask, with as many of the earlier results as the context has room for, the latest first."""
         notes = [f"{number}. {step.title} → {_end(step.result)}" for number, step in enumerate(steps, start=1)]
         settings = self.options["settings"]
         room = min(settings.max_new_tokens if settings else MAX_NEW_TOKENS, self.engine.context // 4)
         for first in range(len(notes) + 1):
-            known = "\n".join([_words("known", language), *notes[first:]]) if notes[first:] else ""
-            prompt = _prompt(question, language, known, _words(kind, language).format(**words))
+            known = "\n".join([_words("known", lang), *notes[first:]]) if notes[first:] else ""
+            prompt = _prompt(question, lang, known, _words(kind, lang).format(**words))
             if len(self.engine.tokenizer.encode(prompt)) + room <= self.engine.context:
                 break
         return self._generate(prompt)
@@ -368,8 +369,8 @@ def _bare(text: str) -> str:
     return re.sub(r"[\W_]+", "", text).casefold()
 
 
-def _prompt(question: str, language: str, known: str, wish: str) -> str:
-    return "\n\n".join(filter(None, (_words("question", language) + question.strip(), known, wish)))
+def _prompt(question: str, lang: Language, known: str, wish: str) -> str:
+    return "\n\n".join(filter(None, (_words("question", lang) + question.strip(), known, wish)))
 
 
 def _end(text: str) -> str:
@@ -377,5 +378,5 @@ def _end(text: str) -> str:
     return text if len(text) <= LONGEST_NOTE else "…" + text[-LONGEST_NOTE:]
 
 
-def _words(name: str, language: str) -> str:
-    return PROMPTS[name][language == "en"]
+def _words(name: str, lang: Language) -> str:
+    return PROMPTS[name][lang == "en"]

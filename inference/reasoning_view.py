@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inference.markdown import cell_width
 from model.files import atomic_write_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ TEXTS = {
     "cut": ("（到达长度上限）", " (cut off at the length limit)"),
     "nothing": ("（没有结果）", "(no result)"),
 }
+LONGEST_SIDE = 60_000  # pixels; matplotlib draws no more than 65,535
 MOST_THINKING = 400  # characters of a step's thinking that are shown
 NODE_WIDTH = 60  # columns of text in a node of the picture
 LINE, COLUMN, GAP, MARGIN = 0.22, 0.072, 0.32, 0.2  # inches: height of a line, width of a column, between nodes, around the text
@@ -34,13 +36,9 @@ CHINESE_FONTS = (
 )  # fmt: skip
 
 
-def columns(text: str) -> int:
-    """Width of a text in a terminal: Chinese characters take two columns, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
 def wrap(text: str, width: int) -> list[str]:
-    """The text in lines of at most `width` columns: broken at spaces, beside Chinese characters, and within a word that fills a line."""
+    """The text in lines of at most `width` columns, and a Chinese full stop behind: broken at spaces, beside Chinese characters, and
+    within a word that fills a line."""
     lines: list[str] = []
     for paragraph in text.splitlines() or [""]:
         line = word = ""
@@ -48,7 +46,7 @@ def wrap(text: str, width: int) -> list[str]:
             wide = bool(character) and unicodedata.east_asian_width(character) in "WF"
             if not character or character.isspace() or wide:
                 line, word = _put(lines, line, word, width), ""
-            if wide and unicodedata.category(character) in ("Po", "Pe", "Pf") and line:
+            if wide and unicodedata.category(character) in ("Po", "Pe", "Pf") and line and cell_width(line) <= width:
                 line += character  # no line begins with a full stop
             elif wide:
                 line = _put(lines, line, character, width)
@@ -62,12 +60,12 @@ def wrap(text: str, width: int) -> list[str]:
 
 def _put(lines: list[str], line: str, word: str, width: int) -> str:
     """Add a word to a line, or begin another one; finished lines go into `lines`."""
-    if not word or columns(line + word) <= width:
+    if not word or cell_width(line + word) <= width:
         return line + word
     if line.strip():
         lines.append(line.rstrip())
-    while columns(word) > width:
-        fits = max(1, next(n for n in range(1, len(word) + 1) if columns(word[:n]) > width) - 1)
+    while cell_width(word) > width:
+        fits = max(1, next(n for n in range(1, len(word) + 1) if cell_width(word[:n]) > width) - 1)
         lines.append(word[:fits])
         word = word[fits:]
     return word
@@ -127,7 +125,7 @@ def draw(path: ReasoningPath, file: Path, language: str) -> Path:
     font, known = _font("".join(line for _, lines in boxes for line in lines))
     heights = [len(lines) * LINE + 2 * MARGIN for _, lines in boxes]
     wide, high = NODE_WIDTH * COLUMN + 0.9, sum(heights) + GAP * (len(boxes) + 1)
-    figure = Figure(figsize=(wide, high), dpi=130)
+    figure = Figure(figsize=(wide, high), dpi=min(130, LONGEST_SIDE / high))
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, wide), ylim=(high, 0))
@@ -173,4 +171,5 @@ def _font(text: str) -> tuple[Any, set[int]]:
             "(Debian, Ubuntu: apt install fonts-noto-cjk), and delete matplotlib's font cache",
             stacklevel=4,
         )
-    return FontProperties(family=name, size=9), set(get_font(installed[name]).get_charmap())
+    names = dict.fromkeys((name, "DejaVu Sans"))  # the second one for what the first has not
+    return FontProperties(family=[*names], size=9), {point for each in names for point in get_font(installed[each]).get_charmap()}

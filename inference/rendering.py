@@ -24,7 +24,7 @@ def render_prompt(
     if special_id(tokenizer, THINK_OPEN) is None:
         raise ValueError(
             f"thinking was asked for, but this model's vocabulary has no {THINK_OPEN} token: it was not trained to think apart; "
-            "leave enable_thinking at None (in the chat: auto)"
+            "leave the thinking to the model (None, in the chat auto) or switch it off"
         )
     if starts_in_reasoning(tokenizer, ids):  # some templates open the thinking themselves
         return ids

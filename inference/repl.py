@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inference.commands import BARE_WORDS, COMMANDS, nearest_commands
 from inference.feedback import Feedback
@@ -15,10 +15,12 @@ from inference.memory import ConversationMemory
 from inference.prompts import SmartPromptEngineer
 from inference.reply import Event
 from inference.session import ChatSession
-from inference.terminal import AnswerView, Console, Reader
+from inference.terminal import YES, AnswerView, Console, Reader
+
+if TYPE_CHECKING:
+    from inference.reasoning import ReasoningPath
 
 BLOCK = '"""'
-YES = ("yes", "y", "是", "好", "确定")
 _COMMAND = re.compile(r"/[A-Za-z]+(?!\S)")  # a path such as /home/me is something to talk about
 
 
@@ -48,6 +50,7 @@ class Repl:
         self.memory = ConversationMemory(memory_file, enabled=False)
         self.feedback = Feedback(feedback_folder, model.as_posix())
         self.files: FileAssistant | None = None
+        self.path: ReasoningPath | None = None  # of the last question that was solved in steps
         self.read: Reader = _nothing_to_read
         self.failed = False
         self.interrupts = 0
@@ -103,7 +106,7 @@ class Repl:
             return False
         if self._view is not None:  # a tool asks in mid-answer
             self._view.pause()
-        return self.read(f"{self.console.clean(question)} ").strip().lower() in YES
+        return self.read(f"{self.console.clean(question)} {self.console.text('yes_no')} ").strip().lower() in YES
 
     def handle(self, message: str) -> bool:
         """Obey or answer one message; False to leave."""
@@ -149,10 +152,15 @@ class Repl:
         """Show the reply to what `ask` asks, and what there is to say about it; False when it failed or was stopped."""
         console, session = self.console, self.session
         dropped = session.dropped_turns
+        if session.reasoning is not None and session.reasoning.votes > 1:
+            console.remark(console.text("voting", votes=session.reasoning.votes))
         try:
             stopped = self.show(ask())
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.fail(str(error))
+            return False
+        except RuntimeError as error:  # torch, out of memory most of all: the conversation is worth keeping
+            self.fail(f"{type(error).__name__}: {error}")
             return False
         if console.as_json:
             self._write_json()
@@ -181,6 +189,10 @@ class Repl:
             if not console.interactive:
                 raise
             stopped, self.interrupts = True, 1
+        except BaseException:
+            if not view.empty:
+                view.finish()
+            raise
         finally:
             self._view = None
             if hasattr(events, "close"):

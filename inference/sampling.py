@@ -76,6 +76,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
+        if not isinstance(self.stop, (list, tuple, type(None))):
+            raise ValueError(f"stop must be a list of strings, got {self.stop!r}")
         self.stop = list(self.stop or [])
         _check_integer("max_new_tokens", self.max_new_tokens, 1)
         _check_integer("top_k", self.top_k, 0)
@@ -94,6 +96,8 @@ class SamplingSettings:
             _check_integer("seed", self.seed, 0)
             if self.seed >= 2**63:
                 raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        if not isinstance(self.logprobs, bool):
+            raise ValueError(f"logprobs must be True or False (top_logprobs says how many), got {self.logprobs!r}")
         _check_integer("top_logprobs", self.top_logprobs, 0)
         self.logit_bias = _checked_bias(self.logit_bias)
         _check_integer("lookup", self.lookup, 0)
@@ -103,6 +107,8 @@ class SamplingSettings:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must hold non-empty strings, got {text!r}")
+        if not isinstance(self.eos_token_id, (int, list, tuple, type(None))):
+            raise ValueError(f"eos_token_id must be a token id or a list of them, got {self.eos_token_id!r}")
         for token in self.eos_ids:
             _check_integer("eos_token_id", token, 0)
         if self.min_new_tokens > self.max_new_tokens:
@@ -159,7 +165,7 @@ def _check_integer(name: str, value: object, lowest: int) -> None:
 def _check_number(name: str, value: object, lowest: float, highest: float, remark: str) -> None:
     fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not fine or not lowest <= value <= highest:  # type: ignore[operator]
-        span = {(0.0, math.inf): "at least 0", (-math.inf, math.inf): "finite"}.get((lowest, highest))
+        span = {(0.0, math.inf): "at least 0", (-math.inf, math.inf): "that is finite"}.get((lowest, highest))
         span = span or f"between {lowest:g} and {highest:g}"
         raise ValueError(f"{name} must be a number {span} ({remark}), got {value!r}")
 

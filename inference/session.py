@@ -19,7 +19,7 @@ from inference.conversations import Conversation, check_messages, read_conversat
 from inference.engine import Engine, Piece, PromptCache
 from inference.fitting import fit_prompt
 from inference.kept_ids import KeptIds
-from inference.loading import load_stage
+from inference.loading import Adapters, load_stage
 from inference.memory import ConversationMemory
 from inference.reasoning import generate_with_reasoning
 from inference.reply import Event, Reasoning, Reply
@@ -29,9 +29,6 @@ from inference.thinking import guided
 from inference.tool_rounds import with_tools
 from inference.toolbox import OPEN, Toolbox, default_tools, spoken
 from inference.turn_memory import TurnMemory
-from model.adapter_files import load_adapter
-from model.checkpoint import find_model
-from model.lora import Adapter, use_adapter
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 
@@ -87,9 +84,7 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.dropped_turns = 0
         self.last: Reply | None = None
-        self.adapter: str | None = None
-        """Folder of the LoRA adapter that answers; None: the model as it was loaded."""
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters = Adapters(model)
         self._cache, self._kept = PromptCache(), KeptIds()
         self._asked = ("", "")  # the last question, and as the model sees it
         self._attempt = 0  # how often the last question was answered before
@@ -136,19 +131,13 @@ class ChatSession:
 
         An adapter is read once; to switch back and forth costs nothing. FileNotFoundError, or ValueError when it was made for another base.
         """
-        model = self.engine.model
-        assert isinstance(model, SmartHaoAI)
-        if path is None:
-            use_adapter(model, None)
-        else:
-            folder = find_model(path)
-            key = str(folder.resolve())
-            if key in self._adapters:
-                use_adapter(model, self._adapters[key])
-            else:
-                self._adapters[key] = load_adapter(model, folder)
-        self.adapter = None if path is None else Path(path).as_posix()
+        self._adapters.use(path)
         self._cache.clear()  # keys and values of what answered before
+
+    @property
+    def adapter(self) -> str | None:
+        """Folder of the LoRA adapter that answers; None: the model as it was loaded."""
+        return self._adapters.current
 
     # ---------------------------------------------------------------- asking
 
@@ -164,7 +153,7 @@ class ChatSession:
         """The reply as ("reasoning", piece), ("answer", piece) and, where tools are on, ("tool", a call and its result)."""
         if not text.strip():
             raise ValueError("the message is empty: say something")
-        if self.messages and not _is_answer(self.messages[-1]):
+        if self._questions() and not _is_answer(self.messages[-1]):
             self.undo()  # a question that was broken off before anything was said in reply
         self.messages.append({"role": "user", "content": text})
         self._attempt = 0
@@ -178,9 +167,14 @@ class ChatSession:
         """Another answer to the last question, in place of the one that was given: drawn with another seed, and never greedy."""
         question = self._last_question()
         self._remembered.forget(self.memory, len(self._questions()))
+        answer = self.messages[question + 1 :]
         del self.messages[question + 1 :]
         self._attempt += 1
-        return self._ask()
+        try:
+            return self._ask()
+        except ValueError:
+            self.messages += answer
+            raise
 
     def undo(self) -> str:
         """Take back the last question and its answer; returns the question. Raises ValueError when there is none."""
@@ -198,7 +192,7 @@ class ChatSession:
         said = "".join(str(message["content"]) for message in self.messages if message["role"] == "user")
         chinese = any("\u4e00" <= character <= "\u9fff" for character in said)
         prompt = self._fit([*self.messages, {"role": "user", "content": SUMMARY[0 if chinese else 1]}])[2]
-        return (piece.text for piece in self.engine.stream(prompt, self.settings, self._cache) if piece.channel == "answer")
+        return (piece.text for piece in self._pieces(prompt, self.settings) if piece.channel == "answer")
 
     def prompt_of_answer(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The conversation up to the last answer, system text included, and that answer's message. ValueError when there is none."""
@@ -231,6 +225,7 @@ class ChatSession:
         self.load_messages([*other._system(), *other.messages])
         self.enable_thinking, self.memory, self._prompts = other.enable_thinking, other.memory, other._prompts
         self.template, self.tools, self.reasoning = other.template, other.tools, other.reasoning
+        self._remembered = other._remembered
 
     def save(self, path: str | Path) -> int:
         """Write messages, settings and what is on as JSON, a row that the SFT stage reads; returns the number of messages.
@@ -240,27 +235,26 @@ class ChatSession:
             "memory": self.memory is not None,
             "template": self.template,
             "tools": self.tools is not None,
-            "reasoning": None if self.reasoning is None else dataclasses.asdict(self.reasoning),
+            "reasoning": self.reasoning,
         }
         messages = [*self._system(), *self.messages]
         write_conversation(Path(path), Conversation(messages, self.settings, on))
         return len(messages)
 
-    def load(self, path: str | Path) -> int:
+    def load(self, path: str | Path, memory: ConversationMemory | None = None) -> int:
         """Go on with a saved conversation, its settings and what was on; an older file changes the messages only.
 
-        The memory is switched off where the file says so; to switch it on is the caller's, who knows its place. Returns the number of
-        messages. Raises FileNotFoundError, or ValueError for a file that is no conversation.
+        memory: the one to switch on where it was on and none is now. Returns the number of messages. Raises FileNotFoundError, or
+        ValueError for a file that is no conversation.
         """
         saved = read_conversation(Path(path))
-        reasoning = saved.on.get("reasoning")
-        made = Reasoning(**reasoning) if reasoning else None
         self.load_messages(saved.messages)
         self.settings = saved.settings or self.settings
         if saved.on:
-            self.enable_thinking, self.template, self.reasoning = saved.on.get("thinking"), saved.on.get("template"), made
-            self.memory = self.memory if saved.on.get("memory") else None
-            self.tools = (self.tools or default_tools(self.memory)) if saved.on.get("tools") else None
+            on = saved.on.get
+            self.enable_thinking, self.template, self.reasoning = on("thinking"), on("template"), on("reasoning")
+            self.memory = (self.memory or memory) if on("memory") else None
+            self.tools = (self.tools or default_tools(self.memory)) if on("tools") else None
         return len(saved.messages)
 
     # ---------------------------------------------------------------- one reply
@@ -326,8 +320,7 @@ class ChatSession:
                 reply.first_seconds = time.perf_counter() - started
             reply.completion_tokens += len(piece.ids)
             reply.reused_tokens = self._cache.reused
-            if piece.ids and self.engine.steps_used is not None:
-                reply.reasoning_steps += int(self.engine.steps_used[0, -1])
+            reply.reasoning_steps += piece.reasoning_steps
             reply.finish_reason = piece.finish_reason or reply.finish_reason
             words = piece.text
             if piece.channel == "answer":
@@ -353,7 +346,8 @@ class ChatSession:
             return self.engine.stream(prompt, settings, self._cache)
         self._cache.reused = 0
         found = self.engine.generate([prompt], dataclasses.replace(settings, n=1))[0][0]  # beams know their reply at the end only
-        return iter([Piece(found.reasoning, "reasoning", []), Piece(found.text, "answer", found.ids, found.finish_reason)])
+        answer = Piece(found.text, "answer", found.ids, found.finish_reason, reasoning_steps=found.reasoning_steps)
+        return iter([Piece(found.reasoning, "reasoning", []), answer])
 
     def _voted(self, how: Reasoning, message: dict[str, Any], reply: Reply) -> Iterator[Event]:
         """Several lines of thought are gone through at once and then vote, so the answer comes whole."""
@@ -365,7 +359,7 @@ class ChatSession:
             thinking=self._thinks(),
             budget=how.budget,
             calculator=how.calculator,
-            settings=dataclasses.replace(settings, temperature=settings.temperature or RETRY_TEMPERATURE),
+            settings=_sampled(settings),
             tools=None if self.tools is None else self.tools.schemas(),
         )
         reply.text, reply.reasoning, reply.finish_reason = result.answer, result.thinking, result.finish_reason
@@ -392,7 +386,7 @@ class ChatSession:
         if not self._attempt:
             return settings
         seed = None if settings.seed is None else (settings.seed + self._attempt) % 2**63
-        return dataclasses.replace(settings, seed=seed, temperature=settings.temperature or RETRY_TEMPERATURE)
+        return dataclasses.replace(_sampled(settings), seed=seed)
 
     # ---------------------------------------------------------------- the prompt
 
@@ -431,6 +425,12 @@ class ChatSession:
         if not questions:
             raise ValueError("nothing was asked yet: say something first")
         return questions[-1]
+
+
+def _sampled(settings: SamplingSettings) -> SamplingSettings:
+    """The settings for answers that are to differ: neither greedy nor searched."""
+    temperature = settings.temperature or RETRY_TEMPERATURE
+    return dataclasses.replace(settings, temperature=temperature, num_beams=1, length_penalty=1.0, early_stopping=False)
 
 
 def _is_answer(message: dict[str, Any]) -> bool:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from inference.chat_texts import TEXTS
-from inference.markdown import MarkdownStream, fit_cells
+from inference.markdown import MarkdownStream, fit_cells, wrapped
 
 # What a terminal would obey instead of show: a model's answer must not move the cursor or rename the window.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 COUNTER_SECONDS = 0.1
+YES = ("yes", "y", "是", "好", "确定")
 
 
 def interface_language(environment: Any = os.environ) -> str:
@@ -41,7 +42,7 @@ class Console:
         self.language: Literal["zh", "en"] = "zh" if language == "zh" else "en"
         self.index = 0 if language == "zh" else 1
         self.interactive, self.as_json = interactive, as_json
-        self.styled = interactive and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self.styled = interactive and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb" and _obeys_escapes()
 
     def text(self, key: str, **values: Any) -> str:
         return TEXTS[key][self.index].format(**values) if values else TEXTS[key][self.index]
@@ -51,12 +52,12 @@ class Console:
 
     def say(self, line: str) -> None:
         """A remark beside the conversation."""
-        print(self.clean(line), file=sys.stdout if self.interactive else sys.stderr, flush=True)
+        print(self.wrapped(self.clean(line)), file=sys.stdout if self.interactive else sys.stderr, flush=True)
 
     def remark(self, line: str) -> None:
         """A remark that only someone at the terminal wants."""
         if self.interactive:
-            print(self.dim(self.clean(line)), flush=True)
+            print(self.dim(self.wrapped(self.clean(line))), flush=True)
 
     def tell(self, text: str) -> None:
         """What a command was asked to show."""
@@ -64,6 +65,10 @@ class Console:
 
     def write_json(self, value: dict[str, Any]) -> None:
         print(json.dumps(value, ensure_ascii=False), flush=True)
+
+    def wrapped(self, text: str) -> str:
+        """Broken between words, where somebody reads it in a terminal."""
+        return wrapped(text, shutil.get_terminal_size().columns) if self.interactive else text
 
     def dim(self, text: str) -> str:
         return f"\033[2m{text}\033[0m" if self.styled else text
@@ -76,6 +81,17 @@ class Console:
         sys.stdout.flush()
 
 
+def _obeys_escapes() -> bool:
+    """Whether the terminal understands colours; that of Windows has to be asked to."""
+    if sys.platform != "win32":
+        return True
+    import ctypes
+
+    kernel = ctypes.windll.kernel32
+    output, mode = kernel.GetStdHandle(-11), ctypes.c_ulong()
+    return bool(kernel.GetConsoleMode(output, ctypes.byref(mode)) and kernel.SetConsoleMode(output, mode.value | 4))
+
+
 class AnswerView:
     """Shows one reply: the answer as it comes, as Markdown where the terminal has colours; the thinking folded to one line (in full
     with show_thinking), and calls of tools in one line each. In a pipe the answer alone."""
@@ -84,11 +100,14 @@ class AnswerView:
         self.console, self.show_thinking = console, show_thinking
         self.thought = 0
         self.folded = True
-        self._counted = self._began = 0.0
+        self.empty = True
+        """Whether nothing was shown yet."""
+        self._counted = 0.0
         self._markdown = MarkdownStream(shutil.get_terminal_size().columns) if console.styled else None
 
     def show(self, channel: str, words: str) -> None:
         console = self.console
+        self.empty = False
         if channel == "reasoning":
             self._think(words)
             return
@@ -105,8 +124,7 @@ class AnswerView:
         if not self.console.interactive:
             return
         now = time.perf_counter()
-        if self.folded:
-            self.folded, self._began = False, now
+        self.folded = False
         self.thought += len(words)
         if self.show_thinking:
             print(self.console.dim(self.console.clean(words)), end="", flush=True)
@@ -121,8 +139,7 @@ class AnswerView:
         self.folded = True
         if not self.show_thinking:
             erase = "\r\033[K" if self.console.styled else ""
-            line = self.console.text("thought", count=self.thought, seconds=time.perf_counter() - self._began)
-            print(erase + self.console.dim(line), end="")
+            print(erase + self.console.dim(self.console.text("thought", count=self.thought)), end="")
         print(flush=True)
 
     def pause(self) -> None:

@@ -29,6 +29,7 @@ from inference.text import THINK_CLOSE, THINK_OPEN, special_id, starts_in_reason
 
 LEAST_ANSWER = 16  # tokens that are kept free for the answer
 LONGEST_CHARACTER = 4  # bytes
+LONGEST_NUMBER = 8  # tokens by which a number may exceed the budget
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,14 @@ def guided(
     """The same settings with a limit for the thinking and with the calculator; prompt (token ids) is what will be answered.
 
     budget: most tokens of the thinking; then it is closed and the answer follows. It may be a few more, so that no character and no
-    number is cut. Less where the context has no room for an answer. calculator: behind "3 + 4 =" in the thinking, the value is written;
-    in a reply without thinking, in all of it. Raises ValueError for a budget that max_new_tokens leaves no room for.
+    number is cut; it is less where max_new_tokens or the context would leave no room for an answer. calculator: behind "3 + 4 =" in the
+    thinking, the value is written; in a reply without thinking, in all of it. Raises ValueError for a budget that is no number of tokens.
     """
     if budget is not None:
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
             raise ValueError(f"budget must be a whole number of tokens, at least 0, or None for no limit, got {budget!r}")
-        closing = len(engine.tokenizer.encode(thinking_end(engine.tokenizer), parse_special=True))
-        needed = closing + LEAST_ANSWER
-        if budget + needed > settings.max_new_tokens:
-            raise ValueError(
-                f"a thinking budget of {budget} leaves no room for the answer: max_new_tokens is {settings.max_new_tokens}, "
-                f"make it at least {budget + needed}, or the budget smaller"
-            )
-        budget = max(0, min(budget, engine.context - len(prompt) - needed))
+        needed = len(engine.tokenizer.encode(thinking_end(engine.tokenizer), parse_special=True)) + LEAST_ANSWER
+        budget = max(0, min(budget, settings.max_new_tokens - needed, engine.context - len(prompt) - needed))
     if budget is None and not calculator:
         return settings
     return dataclasses.replace(settings, grammar=ThinkingGuide("", "thinking", budget, calculator, settings.grammar))
@@ -87,11 +82,12 @@ class ThinkingMatcher(Matcher):
     def __init__(self, guide: ThinkingGuide, tokenizer: Any, prompt: Sequence[int], end_ids: Sequence[int]) -> None:
         self._guide, self._tokenizer, self._end_ids = guide, tokenizer, list(end_ids)
         self._answer = None if guide.answer is None else guide.answer.matcher(tokenizer, prompt, end_ids)
-        self._opening, self._closing = special_id(tokenizer, THINK_OPEN), special_id(tokenizer, THINK_CLOSE)
+        self._edges = special_id(tokenizer, THINK_OPEN), special_id(tokenizer, THINK_CLOSE)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""  # the end of what was said, as far as it matters for an expression
         self._forced: list[int] = []  # tokens that must come next
-        self._number = False  # they are a result
+        self._ending = False  # they end the thinking
+        self._or_digit = False  # unless the number before them goes on
         self._no_digit = False  # the result that was just written is whole
         self.thinking = starts_in_reasoning(tokenizer, prompt)
         self.thinking_tokens = 0
@@ -111,7 +107,7 @@ class ThinkingMatcher(Matcher):
         if self._forced:
             only = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
             only[self._forced[0]] = True
-            return only
+            return only | _begin_with_digit(self._tokenizer) if self._or_digit else only
         allowed = torch.ones(self._tokenizer.vocab_size, dtype=torch.bool) if self._answer is None else self._answer.mask()
         if self.thinking and self._guide.budget is not None:
             allowed[self._end_ids] = False  # an end is certain, and behind it an answer
@@ -122,21 +118,24 @@ class ThinkingMatcher(Matcher):
         forced = bool(self._forced) and token == self._forced[0]
         self.own.append(not forced)
         self._forced = self._forced[1:] if forced else []
-        self._no_digit = forced and self._number and not self._forced
+        self._no_digit = forced and not self._ending and not self._forced
+        self.cut = self.cut or (forced and self._ending)
+        self._or_digit = False
         if self._answer is not None:
             self._answer.take(token)
         self.finished = token in self._end_ids if self._answer is None else self._answer.finished
         said = ""
-        if token == self._opening or token == self._closing:
-            self.thinking = token == self._opening
+        if token in self._edges:
+            self.thinking = token == self._edges[0]
             self._calculates = self._guide.calculator and self.thinking
             self.answer_start = len(self.own)
             self._text = ""
             self._decoder.reset()
-        elif not self.finished and token not in self._tokenizer.special_ids and token < self._tokenizer.vocab_size:
+        elif not self.finished:
             self.thinking_tokens += self.thinking and not self.cut  # the line end of the closing is none
-            said = self._decoder.decode(self._tokenizer.token_bytes(token))
-            self._text = (self._text + said)[-3 * MAX_CHARACTERS :]
+            if token not in self._tokenizer.special_ids and token < self._tokenizer.vocab_size:
+                said = self._decoder.decode(self._tokenizer.token_bytes(token))
+                self._text = (self._text + said)[-3 * MAX_CHARACTERS :]
         if not self._forced and not self.finished:
             self._plan(said)
 
@@ -157,17 +156,18 @@ class ThinkingMatcher(Matcher):
                 self.calls.append(Call(*found))
                 before, space = self._text.rstrip(" "), " " * (self._text[-2:-1] == " ")
                 self._forced = self._encode(found[1] if before != self._text else space + found[1])
-                self._number = True
+                self._ending = False
                 return
         budget = self._guide.budget
         if self.thinking and budget is not None and self.thinking_tokens >= budget:
             if self._decoder.getstate()[0] and self.thinking_tokens < budget + LONGEST_CHARACTER - 1:
                 return  # in the middle of a character
-            self.cut, self._number = True, False
-            ending = thinking_end(self._tokenizer)
+            self._ending = True
+            self._or_digit = self._text[-1:].isdigit() and not self._no_digit and self.thinking_tokens < budget + LONGEST_NUMBER
+            words = thinking_end(self._tokenizer)
             if self._text.endswith("\n"):
-                ending = ending.lstrip("\n")
-            self._forced = self._tokenizer.encode(ending, parse_special=True)
+                words = words.lstrip("\n")
+            self._forced = self._tokenizer.encode(words, parse_special=True)
 
     def _encode(self, text: str) -> list[int]:
         # Where a tokenizer writes a space before the first word itself, ours would be a second one.

@@ -1,7 +1,7 @@
 """Tools that a model may call: what it says is parsed, checked, run within limits, and the result goes back to it.
 
     toolbox = default_tools()
-    new = answer_with_tools(generate, [{"role": "user", "content": "What is 12.5% of 640?"}], toolbox)
+    for call in toolbox.calls(reply): print(toolbox.run(call))      # the rounds of a conversation: inference.tool_rounds
 
 The format is that of the chat template (Qwen3, Hermes): <tool_call>{"name": ..., "arguments": {...}}</tool_call>, results in a turn
 of the role "tool". Whatever goes wrong becomes a text that the model reads: a tool never raises into the conversation.
@@ -15,24 +15,23 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
-from inference.calculator import calculate
+from inference.calculator import calculate, write_number
 from inference.clock import CLOCK_PARAMETERS, clock
 from inference.file_requests import FILE_PARAMETERS
 from inference.json_schema import check_schema, problems
 from inference.json_text import JsonTextError, read_object
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-MOST_CALLS = 8
-"""Calls of one reply that are run."""
 MOST_RECORDS = 1000
+MOST_PLACES = 1024
+"""Decimals of a sum that are written out; the calculator makes no more."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _BLOCK = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}|(?={OPEN})|\Z)", re.DOTALL)
-LIMIT_TEXT = "error: no more tool calls are possible now; answer with what you know"
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,6 @@ class ToolCall:
     arguments: dict[str, Any]
     id: str = ""
     error: str = ""
-
-
-class Said(Protocol):
-    """What a model replied; `inference.session.Reply` is one."""
-
-    text: str
-    reasoning: str
 
 
 class Toolbox:
@@ -205,48 +197,6 @@ def spoken(text: str) -> tuple[str, str]:
     return (text, "") if at < 0 else (text[:at].rstrip(), text[at:])
 
 
-def answer_with_tools(
-    generate: Callable[[list[dict[str, Any]]], Said],
-    messages: Sequence[Mapping[str, Any]],
-    toolbox: Toolbox,
-    max_rounds: int = 4,
-    show: Callable[[ToolCall, str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Let the model call tools until it answers; the messages that this adds, the last of them its answer.
-
-    generate: the model's reply to a conversation rendered with `toolbox.schemas()`. show(call, result): told about every call.
-    After max_rounds rounds of calls the model is told to answer, and calls in that last reply are left out. One reply's calls
-    beyond MOST_CALLS are not run. Raises ValueError for max_rounds below 0, and whatever `generate` raises.
-    """
-    if max_rounds < 0:
-        raise ValueError(f"max_rounds={max_rounds} must be 0 (no calls) or more")
-    new: list[dict[str, Any]] = []
-    made = 0
-    for round_ in range(max_rounds + 2):
-        reply = generate([*map(dict, messages), *new])
-        calls = toolbox.calls(reply.text)
-        said: dict[str, Any] = {"role": "assistant", "content": spoken(reply.text)[0]}
-        if reply.reasoning:
-            said["reasoning_content"] = reply.reasoning
-        new.append(said)
-        if not calls or round_ > max_rounds:
-            break
-        if any(call.error and not call.name for call in calls):
-            said["content"] = reply.text  # what was no call stays as it was written, so that the error makes sense
-        else:
-            said["tool_calls"] = [
-                {"id": f"call_{made + index}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for index, call in enumerate(calls, start=1)
-            ]
-        for index, call in enumerate(calls):
-            made += 1
-            result = LIMIT_TEXT if round_ == max_rounds or index >= MOST_CALLS else toolbox.run(call)
-            if show is not None:
-                show(call, result)
-            new.append({"role": "tool", "tool_call_id": f"call_{made}", "name": call.name, "content": result})
-    return new
-
-
 def default_tools(memory: Any = None, files: Any = None) -> Toolbox:
     """calculator and clock; with a ConversationMemory its search; with a FileAssistant the files of its folder."""
     tools = [
@@ -275,16 +225,9 @@ def _one_text(name: str, description: str) -> dict[str, Any]:
 
 def _sum(expression: str) -> str:
     value = calculate(expression)
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest > 1:  # no end to its decimals
+    if 10**MOST_PLACES % value.denominator:  # no end to its decimals
         return f"{value} (about {float(value):.10g})"
-    places = next(places for places in range(1025) if 10**places % value.denominator == 0)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
-    whole, part = (digits[:-places], f".{digits[-places:]}") if places else (digits, "")
-    return f"{'-' * (value < 0)}{whole}{part}"
+    return write_number(value, most_places=MOST_PLACES)
 
 
 def _json(value: Any) -> str:

@@ -14,10 +14,13 @@ class TurnMemory:
         self._entries: list[list[int]] = []
 
     def add(self, memory: ConversationMemory, turn: int, question: str, answer: str) -> None:
-        """Store what was said in a turn (counted from 1); an answer may be empty."""
-        said = [memory.add(role, text) for role, text in (("user", question), ("assistant", answer)) if text.strip()]
+        """Store what was said in a turn (counted from 1); an answer may be empty. What was there before stays what another turn left."""
+        known = {(entry.role, entry.text): entry.id for entry in memory.list()}
+        said = [memory.add(role, text) for role, text in (("user", question), ("assistant", answer))]
+        moved = {known[entry.role, entry.text]: entry.id for entry in said if entry is not None and (entry.role, entry.text) in known}
+        self._entries = [[moved.get(number, number) for number in entries] for entries in self._entries]
         self._entries += [[] for _ in range(turn - len(self._entries))]
-        self._entries[turn - 1] += [entry.id for entry in said if entry is not None]
+        self._entries[turn - 1] += [entry.id for entry in said if entry is not None and (entry.role, entry.text) not in known]
 
     def forget(self, memory: ConversationMemory | None, turn: int) -> None:
         """A turn is taken back, with all after it."""

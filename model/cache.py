@@ -6,11 +6,25 @@ once, so their memory does not grow with the text. Shapes: B batch, K key/value 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from model.account import PREFILL_BLOCK
 from model.config import HaoAIConfig
+
+
+class CacheSetting(NamedTuple):
+    """What keys and values depend on besides tokens and weights."""
+
+    reasoning: tuple[int, float] | None = None
+    """Steps and halting threshold of the reasoning head, if any."""
+    adapter: object | None = None
+    """The LoRA adapter in use."""
+
+    def same(self, other: CacheSetting) -> bool:
+        return self.reasoning == other.reasoning and self.adapter is other.adapter
 
 
 class LayerCache:
@@ -86,8 +100,8 @@ class KVCache:
 
     Rows may join (`put`), leave (`drop`) and be copied into another cache at any time; `reserve` makes the buffers larger.
 
-    A reasoning head has a layer of its own for the trunk's states and one for each of its steps. What they hold depends on the
-    number of steps and on when tokens halt, so a cache with tokens belongs to one such setting; an empty one adapts.
+    A reasoning head has a layer of its own for the trunk's states and one for each of its steps. What the layers hold depends on the
+    `setting` of the model, so a cache with tokens belongs to one setting; an empty one adapts.
     """
 
     def __init__(
@@ -112,8 +126,8 @@ class KVCache:
             shape = (batch_size, config.kv_heads, self._size(window, capacity), config.head_size)
             self.layers.append(LayerCache(shape, window, device, dtype))
         self.reasoning: list[LayerCache] = []
-        self.reasoning_setting: tuple[int, float] | None = None
-        """Steps and halting threshold of the model whose tokens are held."""
+        self.setting = CacheSetting()
+        """Of the model whose tokens are held."""
         if config.use_reasoning:
             shape = (batch_size, config.reasoning_shape.kv_heads, capacity, config.head_size)
             self.reasoning = [LayerCache(shape, None, device, dtype) for _ in range(1 + config.reasoning_steps)]
@@ -150,26 +164,33 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(2 * layer.keys.nbytes for layer in self.all_layers)
 
-    def prepare(self, count: int, reasoning: tuple[int, float] | None = None) -> None:
-        """Make room for the next `count` tokens of a model with this `reasoning_setting`.
+    def prepare(self, count: int, setting: CacheSetting) -> None:
+        """Make room for the next `count` tokens of a model with this setting.
 
         Raises ValueError when the context is full, or when the tokens that are held were computed with another setting.
         """
-        if self.length and reasoning != self.reasoning_setting:
-            raise ValueError(
-                f"the cache holds {self.length} tokens computed with (reasoning_steps, reasoning_halt) = {self.reasoning_setting}, "
-                f"the model is now set to {reasoning}: feed them again into a new KVCache"
-            )
+        self.check_setting(setting)
         if self.length + count > self.capacity:
             raise ValueError(f"the context is full: {self.length} tokens are cached, {count} more exceed the capacity of {self.capacity}")
         assert count <= self.block or all(layer.window is None for layer in self.layers), "the model splits longer pieces"
-        self._adapt(reasoning)
+        self._adapt(setting)
         for layer in self.layers:
             layer.make_room(count)
 
-    def _adapt(self, reasoning: tuple[int, float] | None) -> None:
+    def check_setting(self, setting: CacheSetting) -> None:
+        """Raise ValueError when tokens computed with this setting cannot follow or join those that are held."""
+        if self.length == 0 or setting.same(self.setting):
+            return
+        if setting.reasoning != self.setting.reasoning:
+            change = f"(reasoning_steps, reasoning_halt) = {self.setting.reasoning}, now it is {setting.reasoning}"
+        else:
+            change = "another LoRA adapter than is in use now"
+        raise ValueError(f"the cache holds {self.length} tokens computed with {change}: feed them again into a new KVCache")
+
+    def _adapt(self, setting: CacheSetting) -> None:
         """Give an empty cache as many layers as the reasoning head has steps now."""
-        self.reasoning_setting = reasoning
+        self.setting = setting
+        reasoning = setting.reasoning
         if reasoning is not None and len(self.reasoning) != 1 + reasoning[0]:
             assert self.reasoning, "the cache was made for a config without a reasoning head"
             like = self.reasoning[0].keys
@@ -203,8 +224,12 @@ class KVCache:
 
     def reorder(self, index: Tensor) -> None:
         """Keep rows `index` (N,) in that order; rows may repeat (several samples of one prompt) or be left out (finished rows)."""
+        count = len(index)
         for layer in self.all_layers:
-            layer.keys, layer.values, layer.rows = layer.keys[index], layer.values[index], len(index)
+            layer.resize(count, layer.size)
+            for buffer in (layer.keys, layer.values):
+                buffer[:count, :, : layer.filled] = buffer[index, :, : layer.filled]
+            layer.rows = count
         if self.padding is not None:
             self.padding = self.padding[index]
 
@@ -219,17 +244,12 @@ class KVCache:
 
     def put(self, row: int, other: KVCache, source: int = 0, count: int | None = None) -> None:
         """Let `row` hold the first `count` tokens (None: all) of row `source` of another cache of the same model, ending at the present
-        column; row == batch_size adds a row. ValueError when the reasoning head was set otherwise for the two.
+        column; row == batch_size adds a row. ValueError when the two were computed with different settings.
 
         Of a row with windowed layers only beginnings that `has_prefix` confirms may be put.
         """
-        if self.length == 0:
-            self._adapt(other.reasoning_setting)
-        elif self.reasoning_setting != other.reasoning_setting:
-            raise ValueError(
-                f"rows computed with (reasoning_steps, reasoning_halt) = {other.reasoning_setting} cannot join rows computed with "
-                f"{self.reasoning_setting}: set the model again, or feed them into a cache of their own"
-            )
+        self.check_setting(other.setting)
+        self._adapt(other.setting)
         start = int(other.starts[source])
         end = other.length if count is None else start + count
         count = end - start

@@ -29,6 +29,7 @@ GUIDES = (
     "docs/data",
     "docs/training",
     "docs/chat",
+    "docs/memory",
     "docs/model",
     "docs/names",
     "docs/checkpoints",

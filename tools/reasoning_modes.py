@@ -7,14 +7,17 @@
     calculator     thinking; sums are worked out   budget             thinking that is cut after so many tokens
 
 FILE: rows {"messages", "answer", ...} as `python -m tools.make_reasoning` writes them (valid.jsonl, longer.jsonl ...), which the model was
-not trained on. Prints a table and writes modes.md and modes.json: right answers with Wilson's 95 % interval, the difference to `on` with
-the middle 95 % of 2,000 draws of the tasks (bootstrap of pairs), what the mode itself says of its confidence, tokens and seconds of an
-answer, one question at a time. Votes draw with --temperature; everything else is greedy.
+not trained on. Prints a table and writes modes.md and modes.json: right answers (the reply ends by itself, and its result is the
+reference's) with Wilson's 95 % interval, the difference to `on` with the middle 95 % of 2,000 draws of the tasks (bootstrap of pairs),
+how many of the votes' samples are right, each for itself, what the mode says of its confidence, tokens and seconds of an answer, one
+question at a time, all modes in turn on each; "times on" is the median over the tasks of a mode's seconds by those of `on`. Votes draw
+with --temperature; everything else is greedy.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ from tqdm import tqdm
 
 from inference import Engine, SamplingSettings
 from inference.answers import final_answer, same_answer
-from inference.reasoning import ReasoningResult, generate_with_reasoning
+from inference.reasoning import ReasoningResult, Sample, generate_with_reasoning
 from model.files import atomic_write_text
 from tools.evaluate import load
 from tools.reasoning_tasks.measure import share
@@ -43,7 +46,7 @@ Row = dict[str, Any]
 def modes(samples: int, budget: int, temperature: float, max_new_tokens: int) -> dict[str, dict[str, Any]]:
     """Arguments of `generate_with_reasoning` by the name of the mode."""
     greedy = SamplingSettings(max_new_tokens, temperature=0.0)
-    drawn = SamplingSettings(max_new_tokens, temperature=temperature, top_k=0, top_p=1.0, seed=0)
+    drawn = SamplingSettings(max_new_tokens, temperature=temperature, top_k=0, top_p=1.0)
     return {
         "off": {"thinking": False, "settings": greedy},
         BASE: {"settings": greedy},
@@ -54,19 +57,21 @@ def modes(samples: int, budget: int, temperature: float, max_new_tokens: int) ->
     }
 
 
-def is_right(result: ReasoningResult, row: Row) -> bool:
+def is_right(result: ReasoningResult | Sample, row: Row) -> bool:
     """Whether the reply came to its end with the right result, in any wording and number form."""
     wanted = final_answer(row["answer"])
     return result.finish_reason == "stop" and result.result is not None and wanted is not None and same_answer(wanted, result.result)
 
 
 def measure_modes(engine: Engine, rows: Sequence[Row], wanted: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By mode, for every row {"question", "answer", "given", "right", "confidence", "tokens", "seconds", "calls", "cut"}."""
+    """By mode, for every row {"question", "answer", "given", "right", "samples_right" (share), "confidence", "tokens", "seconds", "calls",
+    "cut"}."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
     generate_with_reasoning(engine, rows[0]["messages"][:1], **wanted[BASE])  # the first call pays for what is made once
-    for row in tqdm(rows, desc="tasks", leave=False, disable=None):
+    for place, row in enumerate(tqdm(rows, desc="tasks", leave=False, disable=None)):
         for name, options in wanted.items():
-            result = generate_with_reasoning(engine, row["messages"][:1], **options)
+            settings = dataclasses.replace(options["settings"], seed=place)  # one seed would draw alike for all tasks
+            result = generate_with_reasoning(engine, row["messages"][:1], **{**options, "settings": settings})
             found[name].append(
                 {
                     "question": row["messages"][0]["content"],
@@ -74,6 +79,7 @@ def measure_modes(engine: Engine, rows: Sequence[Row], wanted: dict[str, dict[st
                     "thinking": result.thinking,
                     "given": result.answer,
                     "right": is_right(result, row),
+                    "samples_right": statistics.fmean(is_right(sample, row) for sample in result.samples),
                     "confidence": result.confidence,
                     "tokens": result.completion_tokens,
                     "seconds": result.seconds,
@@ -86,7 +92,16 @@ def measure_modes(engine: Engine, rows: Sequence[Row], wanted: dict[str, dict[st
 
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The results as a Markdown table."""
-    heads = ["mode", "right", f"difference to {BASE}", "confidence when right / wrong", "tokens", "seconds (median)"]
+    heads = [
+        "mode",
+        "right",
+        f"difference to {BASE}",
+        "each sample",
+        "confidence when right / wrong",
+        "tokens",
+        "seconds (median)",
+        f"times {BASE}",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     base = np.array([row["right"] for row in found[BASE]], dtype=float)
     for name, rows in found.items():
@@ -97,7 +112,9 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         sure = [_mean([row["confidence"] for row in rows if row["right"] == right]) for right in (True, False)]
         tokens, seconds = _mean([row["tokens"] for row in rows], ".0f"), statistics.median(row["seconds"] for row in rows)
         right = f"{cell['passed']} of {cell['total']}: {cell['rate']:.1%} ({cell['low']:.0%}–{cell['high']:.0%})"
-        lines.append(f"| {name} | {right} | {against} | {sure[0]} / {sure[1]} | {tokens} | {seconds:.3f} |")
+        times = statistics.median(row["seconds"] / other["seconds"] for row, other in zip(rows, found[BASE], strict=True))
+        alone = _mean([row["samples_right"] for row in rows], ".1%")
+        lines.append(f"| {name} | {right} | {against} | {alone} | {sure[0]} / {sure[1]} | {tokens} | {seconds:.3f} | {times:.2f} |")
     return lines
 
 

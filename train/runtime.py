@@ -145,13 +145,13 @@ def choose_precision(settings: OptimizationConfig, device: str, step: Callable[[
     return chosen
 
 
-def timed(work: Callable[[], Any], device: str) -> float:
+def timed(work: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, the device's queue included."""
-    start = time.perf_counter()
+    start = clock()
     work()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class StopRequest:

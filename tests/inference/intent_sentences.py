@@ -1,7 +1,8 @@
 """What people type, by the template that suits it; written for the tests of the intent rules, none of it taken from anywhere.
 
-TUNED: the rules were written with these in view. UNSEEN: written by the same hand before the rules and only measured, so that its figure
-flatters; whoever changes a rule because of a sentence in UNSEEN moves that sentence to TUNED.
+TUNED and MISSED: the rules were written with these in view. UNSEEN: written by the same hand before the rules and only measured, so that
+its figure flatters. LATER: written by another one after them, and the figure to tell people. Of MISSED, written like LATER, 33 of 48 were
+right before the rules were mended with them. Whoever changes a rule because of a sentence of LATER moves that sentence to TUNED.
 """
 
 from __future__ import annotations
@@ -201,5 +202,139 @@ UNSEEN: dict[str, list[str]] = {
         "假装你是我的老板。",
         "模拟一位心理咨询师和我对话。",
         "你来当法官，我来当律师。",
+    ],
+}
+
+MISSED: dict[str, list[str]] = {
+    "translation": [
+        "What's the Russian for 'lighthouse'?",
+        "Could you put this email into Spanish for my landlord?",
+        "How would a Frenchman say 'I miss you'?",
+        "“路漫漫其修远兮”英文怎么讲？",
+        "把下面这段说明书变成日文。",
+        "请将这句话由德语转为中文：Guten Morgen.",
+    ],
+    "summary": [
+        "Give me the short version of this article.",
+        "What are the three takeaways from the meeting notes below?",
+        "Boil this report down to two sentences.",
+        "用一句话说说这篇文章讲了什么。",
+        "把会议记录压缩成五条。",
+        "这封邮件太长了，帮我提取重点。",
+    ],
+    "role": [
+        "You are a grumpy ship's captain. Welcome me aboard.",
+        "Let's play a game: you're the dragon and I'm the knight.",
+        "Answer as Sherlock Holmes would.",
+        "你现在是一位严厉的面试官，请开始提问。",
+        "我们来演一场戏，你当医生，我当病人。",
+        "请用林黛玉的口气跟我聊天。",
+    ],
+    "code": [
+        "My for loop never terminates, what am I doing wrong?",
+        "Show me how to read a CSV with pandas.",
+        "Why does this throw a NullPointerException?",
+        "帮我写一个判断闰年的函数。",
+        "怎样用 SQL 查出重复的行？",
+        "这段程序为什么会内存泄漏？",
+    ],
+    "writing": [
+        "I'd like a bedtime story about a snail.",
+        "Can you come up with a slogan for a bakery?",
+        "Write two paragraphs describing a storm at sea.",
+        "给我来一首关于秋天的小诗。",
+        "帮我起草一封辞职信。",
+        "以“灯塔”为题写一篇短文。",
+    ],
+    "reasoning": [
+        "A train covers 180 km in 3 hours. What is its average speed?",
+        "If every bloop is a razzie and some razzies are lazzies, are some bloops lazzies?",
+        "What is 15% of 240?",
+        "一个长方形长 8 米、宽 5 米，面积是多少？",
+        "甲比乙高，丙比甲高，谁最矮？",
+        "2x + 6 = 20，x 等于几？",
+    ],
+    "question": [
+        "Who painted the Night Watch?",
+        "Is it true that bats are blind?",
+        "Explain how vaccines work.",
+        "月亮为什么会有阴晴圆缺？",
+        "长江流经哪些省份？",
+        "介绍一下敦煌莫高窟。",
+    ],
+    "chat": [
+        "I had a rough day.",
+        "Haha, that's funny!",
+        "Do you ever get bored?",
+        "今天终于放假了！",
+        "你平时喜欢做什么？",
+        "晚安，明天见。",
+    ],
+}
+
+LATER: dict[str, list[str]] = {
+    "translation": [
+        "Please render this paragraph in Portuguese.",
+        "'Guten Appetit', what is that in English?",
+        "I need the Korean version of this sign: 'Wet paint'.",
+        "“好久不见”用韩语应该怎么说？",
+        "帮我看看这句法语是什么意思：C'est la vie.",
+        "下面的句子请译成西班牙语。",
+    ],
+    "summary": [
+        "I don't have time to read all this, what's the point of it?",
+        "Sum up the plot of the chapter in five lines.",
+        "TL;DR please: the council met on Monday and talked about the bridge.",
+        "帮我归纳一下这次讨论的结论。",
+        "请缩写下面的课文，不超过一百字。",
+        "这本书的大意是什么？",
+    ],
+    "role": [
+        "Pretend you are my geography teacher and quiz me.",
+        "From now on talk to me like a pirate.",
+        "I want you to act as a travel agent.",
+        "假装你是一只会说话的猫。",
+        "你来扮演店员，我来买东西。",
+        "以孔子的身份回答我的问题。",
+    ],
+    "code": [
+        "Write a bash one-liner that counts files in a folder.",
+        "What does 'undefined is not a function' mean in JavaScript?",
+        "Refactor this method so that it is easier to test.",
+        "用 Python 画一个正弦曲线。",
+        "git 怎么撤销上一次提交？",
+        "帮我看看这段代码哪里有 bug。",
+    ],
+    "writing": [
+        "Write a haiku about fog.",
+        "Draft a polite email asking for a refund.",
+        "Invent a fairy tale with a clever goat.",
+        "帮我写一段生日祝福。",
+        "续写这个故事：门突然开了……",
+        "给我的咖啡店起个名字。",
+    ],
+    "reasoning": [
+        "Anna has 12 marbles and loses 5. How many does she have left?",
+        "Solve x^2 - 5x + 6 = 0.",
+        "Three workers need 6 days; how long do nine workers need?",
+        "小红买了 3 支笔，每支 4 元，付了 20 元，找回多少？",
+        "计算 (15 + 9) ÷ 4。",
+        "所有的猫都怕水，咪咪是猫，咪咪怕水吗？请推理。",
+    ],
+    "question": [
+        "How far is the moon from the earth?",
+        "What is the difference between a moth and a butterfly?",
+        "Describe the water cycle.",
+        "谁发明了电话？",
+        "为什么天空是蓝色的？",
+        "水的沸点是多少度？",
+    ],
+    "chat": [
+        "Good morning! Did you sleep well?",
+        "I'm so happy, I passed my exam!",
+        "You're the best.",
+        "我家的小狗今天学会握手了。",
+        "你好呀，好久没聊了。",
+        "唉，又下雨了。",
     ],
 }

@@ -82,3 +82,32 @@ def turn(number: int) -> tuple[str, str]:
     """What user and assistant say in turn `number`, from 1."""
     filler = _FILLERS[number % len(_FILLERS)].format(n=number)
     return FACTS.get(number, filler), _ANSWERS[number % len(_ANSWERS)]
+
+
+UNSEEN = [
+    ("Just so you know, I go by Theo.", "How should you address me?", "Theo"),
+    ("We have a parrot that swears, called Captain.", "What do we call our parrot?", "Captain"),
+    ("My flight to Osaka leaves on Friday at 7:40.", "When does my plane take off?", "7:40"),
+    ("I can't stand mushrooms.", "Is there any food I hate?", "mushrooms"),
+    ("My grandmother grew up in Tbilisi.", "Where does my grandmother come from?", "Tbilisi"),
+    ("I teach chemistry at a night school.", "What is my job?", "chemistry"),
+    ("The wifi password at home is bluewhale77.", "What's our wifi password?", "bluewhale77"),
+    ("I finally passed my driving test on the fourth try.", "How many tries did my driving test take?", "fourth"),
+    ("My knee has been hurting since the marathon.", "Which part of my body hurts?", "knee"),
+    ("I'm saving up for a second-hand trombone.", "What am I saving money for?", "trombone"),
+    ("Our anniversary is on the 14th of May.", "What date is our anniversary?", "14th of May"),
+    ("My best friend Oksana runs a bakery.", "Who has a bakery?", "Oksana"),
+    ("我叫陈屿，大家都喊我小屿。", "你还记得我叫什么吗？", "陈屿"),
+    ("我家养了两只乌龟，一只叫慢慢，一只叫快快。", "我家的乌龟叫什么名字？", "慢慢"),
+    ("我对花粉过敏，一到春天就打喷嚏。", "我对什么东西过敏？", "花粉"),
+    ("我下周三要去苏州出差。", "我什么时候去苏州？", "下周三"),
+    ("我爸退休前是火车司机。", "我爸爸以前做什么工作？", "火车司机"),
+    ("我最近在学吹口琴。", "我在学什么乐器？", "口琴"),
+    ("我的车牌尾号是 38K。", "我的车牌号最后几位是什么？", "38K"),
+    ("我和女朋友是在图书馆认识的。", "我在哪里认识了女朋友？", "图书馆"),
+    ("我晚上十一点以后不喝茶，不然睡不着。", "我几点以后不能喝茶？", "十一点"),
+    ("我弟弟在青岛读海洋生物。", "我弟弟学的是什么专业？", "海洋生物"),
+    ("我老家在大理，家里种核桃。", "我的老家是哪里？", "大理"),
+    ("我的血型是 AB 型。", "我是什么血型？", "AB"),
+]
+"""(told from turn 5 on, asked after turn 190, piece of the answer): written after the rules were, which were not changed for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 
 from inference.batching import PATIENCE, Batcher, QueueFull, Request, RequestFailed
 from inference.engine import Engine
+from inference.grammar import Grammar, Matcher
 from inference.sampling import SamplingSettings
 from model import SmartHaoAI
+from model.lora import LoRASettings, inject_lora, use_adapter
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -362,3 +365,87 @@ def test_the_thread_waits_without_work(models: dict[str, SmartHaoAI], monkeypatc
         before = len(steps)
         time.sleep(0.1)
         assert len(steps) <= before + 1 and before >= 12
+
+
+def test_a_reply_that_cannot_go_on_ends_alone(models: dict[str, SmartHaoAI], make_model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: settings or a grammar of one user, by which the replies of all others end: a penalty beyond fp32, a form that the tokenizer
+    cannot write, a library that gives up in the middle."""
+    pytest.importorskip("llguidance", reason="needs: pip install -e .[constrained]")
+    engine = Engine(make_model(tokenizer), tokenizer)
+    sampled = SamplingSettings(temperature=1.0, max_new_tokens=12, seed=2, eos_token_id=[])
+    alone = engine.generate([[5, 6]], sampled)[0][0].ids
+    word = Grammar.choice(["hello"])
+    asked = [
+        SamplingSettings(temperature=1e-44, max_new_tokens=12),
+        SamplingSettings(temperature=1e300, min_new_tokens=3, max_new_tokens=12),
+        SamplingSettings(temperature=0, repetition_penalty=1e300, logit_bias={7: 1e300}, max_new_tokens=12),
+        SamplingSettings(temperature=0, presence_penalty=1e300, max_new_tokens=12),
+        dataclasses.replace(sampled, grammar=word),
+    ]
+    lost = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+
+    def given_up(matcher: Matcher, token: int) -> None:
+        raise ValueError("the grammar cannot go on: too large")
+
+    for method, stand_in in (("mask", lambda matcher: lost), ("take", given_up)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Matcher, method, stand_in)
+            batcher = Batcher(engine)
+            fine = batcher.submit([5, 6], sampled)
+            for settings_ in asked:
+                with pytest.raises(RequestFailed, match=r"too extreme|too large"):
+                    batcher.submit([7, 8], settings_).result()
+            with pytest.raises(ValueError, match=r"too extreme|too large"):
+                engine.generate([[7, 8]], asked[-1])
+            with pytest.raises(ValueError, match=r"too extreme|too large"):
+                engine.generate([[7, 8]], SamplingSettings(temperature=0, num_beams=3, grammar=word))
+        assert fine.result()[0].ids == alone and cache_is_empty(batcher)
+    outside = dataclasses.replace(sampled, grammar=word, eos_token_id=[tokenizer.vocab_size, 10**6])  # an end that can never come
+    assert Batcher(engine).submit([7, 8], outside).result()[0].text == "hello"
+
+
+def test_another_adapter_is_another_prefix(make_model, seed: int) -> None:
+    """Guards: keys of one adapter that are gone on with by another, whether the reply has ended or is still running."""
+    model = make_model()
+    adapters = [None]
+    for rank in (2, 3):
+        adapters.append(inject_lora(model, LoRASettings(r=rank)))
+        with torch.no_grad():
+            for _, _, pair in adapters[-1].pairs(model):
+                pair.B.normal_(std=0.5)
+    model.eval()
+    engine = Engine(model)
+    batcher, prompt = Batcher(engine, kept_prefixes=4), [number % 97 for number in range(30)]
+    said = {}
+    for adapter in (*adapters, *adapters):
+        use_adapter(model, adapter)
+        request = batcher.submit(prompt, GREEDY)
+        assert request.result()[0].ids == engine.generate([prompt], GREEDY)[0][0].ids
+        assert request.usage.reused_tokens == (29 if id(adapter) in said else 0)
+        said[id(adapter)] = request
+    running = batcher.submit(prompt, SamplingSettings(temperature=0, max_new_tokens=50, eos_token_id=[]))
+    batcher.step()
+    use_adapter(model, adapters[1])
+    late = batcher.submit([*prompt, 5], GREEDY)
+    for request in (running, late):
+        with pytest.raises(RequestFailed, match="another LoRA adapter"):
+            request.result()
+    assert cache_is_empty(batcher) and batcher.submit(prompt, GREEDY).result()[0].ids == said[id(adapters[1])].rows[0].completion.ids
+
+
+def test_kept_prefixes_have_a_limit(models: dict[str, SmartHaoAI]) -> None:
+    """Guards: long conversations that stay in memory by the number, whatever their length; what was running before the pool was cleared,
+    as the weights changed, and is kept after it."""
+    engine = Engine(models["plain"])
+    batcher = Batcher(engine, kept_prefixes=8, max_tokens=100)
+    for start in range(6):
+        batcher.submit([start] * 30, GREEDY).result()
+    assert len(batcher.prefixes.entries) == 2 and [entry.ids[0] for entry in batcher.prefixes.entries] == [4, 5]
+    running = batcher.submit([9] * 30, GREEDY)
+    batcher.step()
+    batcher.prefixes.clear()
+    assert batcher.submit([9] * 31, GREEDY).usage.reused_tokens == 0
+    running.result()
+    while batcher.step():
+        pass
+    assert [len(entry.ids) for entry in batcher.prefixes.entries] == [42]

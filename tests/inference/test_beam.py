@@ -14,7 +14,7 @@ from inference.grammar import Grammar
 from inference.sampling import SamplingSettings
 
 SHAPES = [{}, {"qk_norm": False, "tie_word_embeddings": False}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}]
-CASES = 40
+CASES, IMPORTED_CASES = 40, 12
 
 
 def search(model, prompts, tokenizer=None, **settings):
@@ -27,6 +27,48 @@ def log_prob(model, prompt, ids):
     return float(steps.gather(1, torch.tensor(ids)[:, None]).sum())
 
 
+def assert_a_random_case_equals_transformers(model, other, rng, case):
+    """Ids and scores of a search with random settings, ours and theirs."""
+    size = model.config.vocab_size
+    ends = rng.sample(range(size), rng.choice([0, 1, 3, size // 8, 2 * size // 3]))
+    shared = dict(
+        max_new_tokens=rng.choice([4, 9, 14]),
+        num_beams=rng.choice([2, 3, 4, 5]),
+        length_penalty=rng.choice([1.0, 0.0, -0.5, 0.7, 2.0]),
+        early_stopping=rng.choice([False, True, "never"]),
+        repetition_penalty=rng.choice([1.0, 1.3]),
+        no_repeat_ngram_size=rng.choice([0, 2]),
+        min_new_tokens=rng.choice([0, 3]),
+    )
+    count = rng.randint(1, shared["num_beams"])
+    # transformers counts padding as said, so that rows of different lengths are compared without penalties only.
+    penalties = shared["repetition_penalty"] != 1 or shared["no_repeat_ngram_size"]
+    lengths = [4, 4] if penalties else [rng.randint(2, 9) for _ in range(rng.choice([1, 3]))]
+    rows = [[rng.randrange(size) for _ in range(length)] for length in lengths]
+    pad = [max(lengths) - length for length in lengths]
+    ids = torch.tensor([[0] * left + row for left, row in zip(pad, rows, strict=True)])
+    mask = torch.tensor([[0] * left + [1] * len(row) for left, row in zip(pad, rows, strict=True)])
+    theirs = other.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_return_sequences=count,
+        eos_token_id=ends or None,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **{**shared, "min_new_tokens": shared["min_new_tokens"] or None},
+    )
+    ours = [reply for row in search(model, rows, n=count, eos_token_id=ends, **shared) for reply in row]
+    expected = theirs.sequences[:, ids.shape[1] :].tolist()
+    scores = theirs.sequences_scores.tolist()
+    for place, (reply, row, score) in enumerate(zip(ours, expected, scores, strict=True)):
+        told = f"case {case}, reply {place}: {shared}, {len(ends)} ends {ends[:12]}"
+        assert reply.score == pytest.approx(score, abs=1e-4), told
+        others = [s for s in scores[place - place % count :][:count] if s != score]
+        if all(abs(score - s) > 1e-4 for s in others):  # equally good replies may change places
+            assert row[: len(reply.ids)] == reply.ids and set(row[len(reply.ids) :]) <= {0, *ends[:1]}, told
+
+
 def test_forty_random_cases_equal_transformers(make_model, seed):
     """Guards: the order of operations, which candidates may end, scores, when a search ends, padding, reordering of the cache."""
     pairs = []
@@ -35,44 +77,14 @@ def test_forty_random_cases_equal_transformers(make_model, seed):
         pairs.append((model, in_transformers(model)))
     rng = random.Random(seed)
     for case in range(CASES):
-        model, other = pairs[case % len(pairs)]
-        ends = rng.sample(range(97), rng.choice([0, 1, 3, 12, 60]))
-        shared = dict(
-            max_new_tokens=rng.choice([4, 9, 14]),
-            num_beams=rng.choice([2, 3, 4, 5]),
-            length_penalty=rng.choice([1.0, 0.0, -0.5, 0.7, 2.0]),
-            early_stopping=rng.choice([False, True, "never"]),
-            repetition_penalty=rng.choice([1.0, 1.3]),
-            no_repeat_ngram_size=rng.choice([0, 2]),
-            min_new_tokens=rng.choice([0, 3]),
-        )
-        count = rng.randint(1, shared["num_beams"])
-        # transformers counts padding as said, so that rows of different lengths are compared without penalties only.
-        penalties = shared["repetition_penalty"] != 1 or shared["no_repeat_ngram_size"]
-        lengths = [4, 4] if penalties else [rng.randint(2, 9) for _ in range(rng.choice([1, 3]))]
-        rows = [[rng.randrange(97) for _ in range(length)] for length in lengths]
-        pad = [max(lengths) - length for length in lengths]
-        ids = torch.tensor([[0] * left + row for left, row in zip(pad, rows, strict=True)])
-        mask = torch.tensor([[0] * left + [1] * len(row) for left, row in zip(pad, rows, strict=True)])
-        theirs = other.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            num_return_sequences=count,
-            eos_token_id=ends or None,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **{**shared, "min_new_tokens": shared["min_new_tokens"] or None},
-        )
-        ours = [reply for row in search(model, rows, n=count, eos_token_id=ends, **shared) for reply in row]
-        expected = theirs.sequences[:, ids.shape[1] :].tolist()
-        scores = theirs.sequences_scores.tolist()
-        for place, (reply, row, score) in enumerate(zip(ours, expected, scores, strict=True)):
-            told = f"case {case}, reply {place}: {shared}, ends {ends}"
-            assert reply.score == pytest.approx(score, abs=1e-4), told
-            others = [s for s in scores[place - place % count :][:count] if s != score]
-            if all(abs(score - s) > 1e-4 for s in others):  # equally good replies may change places
-                assert row[: len(reply.ids)] == reply.ids and set(row[len(reply.ids) :]) <= {0, *ends[:1]}, told
+        assert_a_random_case_equals_transformers(*pairs[case % len(pairs)], rng, case)
+
+
+def test_random_cases_of_an_imported_model(imported_pair, seed):
+    """Guards: what only real weights show, such as a large vocabulary and log-probabilities that lie far apart."""
+    rng = random.Random(seed)
+    for case in range(IMPORTED_CASES):
+        assert_a_random_case_equals_transformers(*imported_pair, rng, case)
 
 
 def test_enough_beams_find_the_best_of_all(make_model, seed):

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+from inference.batching import Batcher
 from inference.engine import Engine, PromptCache
 from inference.sampling import SamplingSettings
 
@@ -102,10 +104,30 @@ def test_full_context_ends_the_reply_and_does_not_crash(make_model):
         engine.stream([3] * 17, GREEDY)
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "empty"), ([97], "vocabulary"), ([-1], "vocabulary")])
+NO_IDS = r"a list of token ids, such as tokenizer\.encode"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "empty"), ([97], "vocabulary"), ([-1], "vocabulary"), ("Hello", NO_IDS), (5, NO_IDS), ([1.0], NO_IDS), (None, NO_IDS)],
+)
 def test_unusable_prompts_are_explained(prompt, message, make_model):
-    with pytest.raises(ValueError, match=message):
-        Engine(make_model()).generate([prompt], GREEDY)
+    engine = Engine(make_model())
+    for settings in (GREEDY, dataclasses.replace(GREEDY, num_beams=2)):
+        with pytest.raises(ValueError, match=message):
+            engine.generate([prompt], settings)
+    for ask in (engine.stream, Batcher(engine).submit):
+        with pytest.raises(ValueError, match=message):
+            ask(prompt, GREEDY)
+
+
+def test_prompts_may_be_arrays(make_model):
+    """Guards: tensors whose equal prompts count as different ones, or that fail far from their cause."""
+    engine = Engine(make_model())
+    sampled = SamplingSettings(temperature=1.5, top_k=0, max_new_tokens=8, eos_token_id=[], seed=3)
+    expected = [row[0].ids for row in engine.generate([[5, 6, 7], [5, 6, 7]], sampled)]
+    assert [row[0].ids for row in engine.generate(torch.tensor([[5, 6, 7]] * 2), sampled)] == expected
+    assert engine.generate([np.array([5, 6, 7])], sampled)[0][0].ids == expected[0] != expected[1]
 
 
 def test_damaged_weights_are_explained(make_model):
@@ -295,3 +317,31 @@ def test_many_prompts_draw_independently(make_model):
     assert again == replies, "a reply depends on the batch it is in"
     with pytest.raises(ValueError, match="as many seeds"):
         engine.generate(PROMPTS, flat, [1, 2])
+    with pytest.raises(ValueError, match="at_once"):
+        list(engine.generate_many(PROMPTS, flat, at_once=0))
+    assert list(engine.generate_many([], flat, at_once=2)) == []
+
+
+def test_beam_search_of_many_prompts_draws_nothing(make_model):
+    """Guards: seeds that change, or refuse, what is searched; prompts and replies in the order of their batches."""
+    engine = Engine(make_model())
+    searched = dataclasses.replace(GREEDY, num_beams=3, n=2, seed=4)
+    expected = [[reply.ids for reply in engine.generate([prompt], searched)[0]] for prompt in PROMPTS]
+    found = dict(pair for batch in engine.generate_many(PROMPTS, searched, at_once=3) for pair in batch)
+    assert [[reply.ids for reply in found[number]] for number in range(len(PROMPTS))] == expected
+    assert [[reply.ids for reply in row] for row in engine.generate(PROMPTS, searched, [9, 8, 7, 6])] == expected
+    with pytest.raises(ValueError, match="as many seeds"):
+        engine.generate(PROMPTS, searched, [1, 2])
+
+
+def test_a_long_limit_does_not_take_memory_before_it_is_needed(make_model, monkeypatch):
+    """Guards: a cache for the whole context, times the rows of the batch, for replies of three tokens."""
+    engine = Engine(make_model(max_position_embeddings=100_000))
+    made = []
+    original = engine.new_cache
+    monkeypatch.setattr(engine, "new_cache", lambda rows, columns: (made.append(columns), original(rows, columns))[1])
+    first = engine.generate([[5, 6]], GREEDY)[0][0].ids
+    endless = SamplingSettings(temperature=0, max_new_tokens=90_000, eos_token_id=first[2])
+    assert engine.generate([[5, 6]] * 3, endless)[2][0].finish_reason == "stop"
+    engine.generate([[5, 6]], dataclasses.replace(endless, num_beams=2, early_stopping=True))
+    assert max(made) < 1000

@@ -7,6 +7,7 @@ import pytest
 from test_session import make_session
 
 from inference.feedback import Feedback, append_row
+from inference.toolbox import default_tools
 from train import train_dpo, train_sft
 from train.formats import Conversation, Judged, Preference, recognise
 from train.runtime import run_main
@@ -38,6 +39,22 @@ def test_every_verdict_is_a_row_of_its_kind(tmp_path):
     for row in (good, first, second, judged):
         assert row["source"]["model"] == "weight/sft" and row["source"]["time"].startswith("20")
     assert good["source"]["settings"] == {"temperature": 0.5}
+
+
+def test_how_the_model_was_asked_is_part_of_the_row(tmp_path):
+    """Guards: training on calls of tools that the prompt does not show, and on answers without thinking as if thinking had been left out
+    by the model's own choice."""
+    tools = default_tools().schemas()
+    feedback = Feedback(tmp_path)
+    how = {"tools": tools, "thinking": False}
+    feedback.good(PROMPT, said("您好"), **how)
+    feedback.bad(PROMPT, said("走开"), "你好呀", **how)
+    feedback.bad([{"role": "user", "content": "Hi"}], said("no"), **how)
+    feedback.better(PROMPT, said("一", reasoning_content="hm"), said("二"), **how)
+    (good,), (first, second), (judged,) = (rows(tmp_path, kind) for kind in ("sft", "rlhf", "judged"))
+    assert [recognise(row).tools for row in (good, first, second, judged)] == [tools] * 4
+    assert [recognise(row).thinking for row in (good, first, second, judged)] == [False, False, None, False]
+    assert "tools" not in good["source"]
 
 
 def test_opposite_verdicts_on_one_prompt_make_a_pair(tmp_path):

@@ -14,7 +14,7 @@ from file_helpers import POSIX, SECRET, WAYS, agree, do, fill, snapshot
 
 from inference import file_root
 from inference.file_assistant import FileAssistant
-from inference.file_paths import Policy
+from inference.file_paths import Policy, UnsafePath
 
 
 @pytest.fixture(params=WAYS)
@@ -276,6 +276,9 @@ SWAPPED = {
     "move in": {"operation": "move", "path": "c.txt", "to": "work"},
     "delete": {"operation": "delete", "path": "work/a.txt"},
     "copy": {"operation": "copy", "path": "work/a.txt", "to": "b.txt"},
+    "rename": {"operation": "rename", "path": "work/a.txt", "to": "z.txt"},
+    "list": {"operation": "list", "path": "work", "subfolders": True},
+    "sort": {"operation": "classify", "path": "work"},
 }
 
 
@@ -292,7 +295,7 @@ def test_a_folder_swapped_for_a_link_between_check_and_use(tmp_path, ways, monke
         for folder in (root, outside):
             shutil.rmtree(folder, ignore_errors=True)
         fill(root, {"work/a.txt": "mine", "c.txt": "c"})
-        fill(outside, {"a.txt": SECRET})
+        fill(outside, {"a.txt": SECRET, "hidden-outside.txt": SECRET})
         before = snapshot(outside)
         left = [turn]
 
@@ -311,7 +314,7 @@ def test_a_folder_swapped_for_a_link_between_check_and_use(tmp_path, ways, monke
                 said = assistant.preview(plan) + assistant.apply(plan, agree).text
             except (ValueError, OSError) as error:
                 said = str(error)
-        assert SECRET not in said, turn
+        assert SECRET not in said and "hidden-outside" not in said, turn
         inside = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink() and path.parent != root / "work"]
         assert not [path for path in inside if path.read_bytes() == SECRET.encode()], turn
         if ways:  # by paths, no program on such a system can close the moment between its last look and the call
@@ -319,6 +322,16 @@ def test_a_folder_swapped_for_a_link_between_check_and_use(tmp_path, ways, monke
         if left[0] >= 0:
             return
     pytest.fail("more calls than were tried")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", "/etc", "a\0b"])
+def test_the_last_gate_takes_single_names_only(tmp_path, ways, name):
+    """Guards: a path that a later change lets through to the system calls."""
+    root = file_root.Root(tmp_path, ways)
+    with root.folder() as folder:
+        for act in (folder.status, folder.enter, folder.make_folder, folder.remove, lambda n: folder.write(n, [b""])):
+            with pytest.raises(UnsafePath, match="not a name"):
+                act(name)
 
 
 @POSIX

@@ -106,6 +106,10 @@ def test_what_is_not_understood_as_a_whole_is_refused(sentence):
         "删除" + "里的" * 1500,
         "给 " + "加 标签 " * 500,
         '"' * 3999,
+        "list " + " " * 3900 + "x",
+        ("删除" + " " * 39) * 90,
+        "delete a" + "，" * 3900 + "b",
+        "please " * 560,
     ],
 )
 def test_long_sentences_take_no_time(sentence):
@@ -116,3 +120,11 @@ def test_long_sentences_take_no_time(sentence):
     except ValueError:
         pass
     assert time.process_time() - started < 3
+
+
+def test_advice_is_in_the_language_of_the_request():
+    """Guards: advice that half of the users cannot read."""
+    for sentence, shown, hidden in (("dance", "move all .txt to notes", "移到"), ("跳舞", "移到 notes", "move all")):
+        with pytest.raises(ValueError) as told:
+            read_prompt(sentence)
+        assert shown in str(told.value) and hidden not in str(told.value)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from generate_helpers import assert_same_greedy, in_transformers, read_by_transformers
+from generate_helpers import assert_same_greedy, in_transformers
 
 from inference.engine import Engine
 from inference.sampling import SamplingSettings
-from model import BPETokenizer, SmartHaoAI
+from model import BPETokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {},
@@ -131,18 +131,17 @@ def test_without_a_seed_the_global_generator_is_drawn_from(pairs, seed):
     assert torch.equal(model.generate(ids, max_new_tokens=NEW_TOKENS), seeded)
 
 
-@pytest.mark.skipif("PARITY_MODEL" not in os.environ, reason="set PARITY_MODEL to the folder of a model")
-def test_an_imported_model(seed):
+@pytest.mark.parametrize("text", ["The capital of France is", "一二三四五"])
+def test_an_imported_model(text, imported_pair, seed):
     """Guards: what only real weights show, such as their sizes, precision, and several end tokens."""
-    folder = os.environ["PARITY_MODEL"]
-    pair = SmartHaoAI.from_pretrained(folder).eval(), read_by_transformers(folder)
-    tokenizer = BPETokenizer.from_pretrained(folder)
-    ends = {"eos_token_id": tokenizer.stop_ids}
-    for text in ("The capital of France is", "一二三四五"):
-        prompt = tokenizer.encode(text)
-        for changes in ({}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5}):
-            settings = settings_of(temperature=0, **changes, **ends)
-            ours, theirs = both(pair, prompt, settings, seed)
-            assert_same_greedy(pair[0], prompt, ours, theirs, settings)
-        ours, theirs = both(pair, prompt, settings_of(**FILTERS["all"], **ends, seed=seed), seed)
-        assert ours == theirs
+    tokenizer = BPETokenizer.from_pretrained(os.environ["PARITY_MODEL"])
+    prompt, ends = tokenizer.encode(text), list(tokenizer.stop_ids)
+    for name, changes in PENALTIES.items():
+        settings = settings_of(temperature=0, **{**changes, "eos_token_id": [*ends, *changes.get("eos_token_id", [])]})
+        ours, theirs = both(imported_pair, prompt, settings, seed)
+        print(name, tokenizer.decode(ours))
+        assert_same_greedy(imported_pair[0], prompt, ours, theirs, settings)
+    for name, changes in FILTERS.items():
+        settings = settings_of(**{"temperature": 1.0, **changes}, eos_token_id=ends, seed=seed)
+        ours, theirs = both(imported_pair, prompt, settings, seed)
+        assert ours == theirs, name

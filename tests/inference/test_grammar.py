@@ -170,6 +170,19 @@ def test_thinking_is_free_and_the_answer_begins_behind_it(tokenizer):
     assert not grammar.matcher(tokenizer).mask()[opening]
 
 
+def test_a_vocabulary_with_turns_and_without_thinking(tokenizer, tmp_path):
+    """Guards: ChatML models that never think, which then may say anything at the beginning of their turn."""
+    tokenizer.save_pretrained(tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text(encoding="utf-8").replace("think>", "muse>"), encoding="utf-8")
+    plain = BPETokenizer.from_pretrained(tmp_path)
+    assert plain.token_id("<think>") is None and plain.token_id("<|im_start|>") is not None
+    begun = plain.render([{"role": "user", "content": "?"}], add_generation_prompt=True).ids
+    matcher = Grammar.choice(["yes"]).matcher(plain, begun)
+    assert {plain.token_bytes(token) for token in matcher.mask().nonzero()[:, 0].tolist()} <= {b"y", b"ye", b"yes"}
+    assert said(Grammar.choice(["yes", "no"]), plain, 3, begun)[0] in ("yes", "no")
+
+
 def test_a_reply_that_thinks_answers_in_form(model, tokenizer):
     """Guards: text and reasoning of a constrained reply in one channel."""
     prompt = [*tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True).ids, tokenizer.token_id("<think>")]
@@ -206,7 +219,7 @@ def test_nothing_but_the_grammar_is_chosen(tokenizer):
     vocab = tokenizer.vocab_size + 5
     strict = SamplingSettings(temperature=0, no_repeat_ngram_size=1, min_new_tokens=9, logit_bias={3: 100})
     every = torch.arange(vocab)[None]
-    allowed = allowed_tokens([matcher, None])
+    allowed = allowed_tokens([matcher.mask(), None])
     logits = process_logits(torch.randn(2, vocab), TokenHistory(every.repeat(2, 1), None, vocab, 1), strict, tokenizer.stop_ids, allowed)
     permitted = matcher.mask().nonzero()[:, 0].tolist()
     assert (logits[0] > -torch.inf).nonzero()[:, 0].tolist() == permitted

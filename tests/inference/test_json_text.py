@@ -19,11 +19,13 @@ UNAMBIGUOUS = [
     ('{"a": 1}}}', {"a": 1}),
     ('{"a": "two\nlines"}', {"a": "two\nlines"}),
     ('{"a": "},{,}"}', {"a": "},{,}"}),
+    ('{"a": "\\ud83d\\ude00"}', {"a": "😀"}),
     ("{'a': True, 'b': None, 'c': (1, 2)}", {"a": True, "b": None, "c": [1, 2]}),
 ]
 AMBIGUOUS = [
     "", "no", "[1]", '"a"', '{"a": "x', '{"a": 1', '{"a": [1, 2', '{"a": ', '{"a": 1} and more', '{"a": 1, "a": 2}', "{'a': 1, 'a': 2}",
     '{"a" 1}', '{"a": NaN}', '{"a": 1e999}', "{'a': {1, 2}}", "{'a': open('x')}", '{"a": [1}', "[" * 5000, "{'a':" * 3000,
+    '{"a": "\\ud83d"}', '{"\\udc00": 1}', '{"a": ["x", {"b": "\\ude00\\ud83d"}]}',
 ]  # fmt: skip
 
 
@@ -132,6 +134,18 @@ def test_the_check_agrees_with_jsonschema():
         ({"items": {"allOf": []}}, "items uses allOf"),
         ({"pattern": "("}, "no regular expression"),
         (3, "must be an object"),
+        ({"type": 3}, "type must be a name or a list of names, not 3"),
+        ({"type": []}, "type must be"),
+        ({"properties": ["a"]}, "properties must be an object of schemas"),
+        ({"properties": {"a": 3}}, "property a must be an object"),
+        ({"required": "name"}, "required must be a list of names, not 'name'"),
+        ({"anyOf": []}, "anyOf must be"),
+        ({"enum": []}, "enum must be"),
+        ({"minimum": "3"}, "minimum must be a number, not '3'"),
+        ({"maxItems": -1}, "maxItems must be a whole number"),
+        ({"items": [{}]}, "items must be a schema"),
+        ({"additionalProperties": None}, "additionalProperties must be"),
+        ({"pattern": None}, "pattern must be"),
     ],
 )
 def test_schemas_that_cannot_be_checked_are_refused(schema, words):

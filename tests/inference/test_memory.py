@@ -11,6 +11,7 @@ from memory_helpers import characters, search  # noqa: F401
 from inference.embedding import model_embedder, model_summariser
 from inference.engine import Engine
 from inference.memory import ConversationMemory
+from inference.turn_memory import TurnMemory
 
 
 def told(memory, first=1, last=190):
@@ -101,8 +102,9 @@ def test_capacity_holds_however_small():
             memory.add("user", f"My favourite plant{number} is fern{number}.")
             assert len(memory.list()) <= capacity
             assert all(len(m.text) <= 4000 for m in memory.list())
-    with pytest.raises(ValueError, match="capacity of 1"):
-        ConversationMemory(":memory:", capacity=1)
+    for wrong in (1, 2.5, True, "9"):
+        with pytest.raises(ValueError, match=f"capacity of {wrong!r}"):
+            ConversationMemory(":memory:", capacity=wrong)
 
 
 def test_a_model_may_write_the_summaries():
@@ -185,12 +187,29 @@ def test_the_model_embeds_and_summarises(model, tokenizer):
         model_embedder(Engine(model))
 
 
+def test_a_turn_that_is_taken_back():
+    """Guards: what a turn left in the memory, and what was there before it: that stays, also when the turn repeats it."""
+    memory, turns = ConversationMemory(":memory:"), TurnMemory()
+    turns.add(memory, 1, "I live in Lisbon.", "Nice!")
+    turns.add(memory, 2, "My cat is called Tom.", "")
+    turns.add(memory, 3, "I live in Lisbon.", "You said so.")
+    turns.forget(memory, 3)
+    assert [m.text for m in memory.list()] == ["I live in Lisbon.", "My cat is called Tom.", "Nice!"]
+    turns.forget(memory, 1)
+    assert memory.list() == []
+    turns.forget(None, 1)
+
+
 def test_bad_input_is_named():
     """Guards: a role or a profile that is stored and never found again."""
     memory = ConversationMemory(":memory:")
     with pytest.raises(ValueError, match="role 'system'"):
         memory.add("system", "x")
     assert memory.add("user", "  ") is None
+    broken = memory.add("user", "My name is Ada \udcff.")  # a byte of another encoding, as a terminal passes it on
+    assert broken is not None and broken.text == "My name is Ada ?."
+    assert memory.edit(broken.id, "It is Eve \ud83d.").text == "It is Eve ?." and memory.context("Who is Eve \ud83d?", 99, characters)
+    memory.erase()
     for name in ("", " ", "x" * 65, "a\nb"):
         with pytest.raises(ValueError, match="profile name"):
             ConversationMemory(":memory:", profile=name)

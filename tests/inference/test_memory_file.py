@@ -95,6 +95,15 @@ def test_off_means_off(path):
     assert memory.add("user", "I moved.") is None and [m.text for m in memory.list()] == ["My name is Ada."] and memory.erase() == 1
 
 
+def test_a_file_that_was_deleted_is_made_anew(path):
+    """Guards: a user who deletes the file while a chat runs, and whose memories go on in it, or whose next message is lost."""
+    memory = filled(path, ["My name is Ada."])
+    path.unlink()
+    assert memory.list() == [] and memory.retrieve("What is my name?") == [] and memory.erase() == 0 and not path.exists()
+    memory.add("user", "My name is Bob.")
+    assert [m.text for m in memory.list()] == ["My name is Bob."] == [m.text for m in ConversationMemory(path).list()]
+
+
 def test_two_processes_share_a_file(path):
     """Guards: a file that two chats at once corrupt, or memories of one that the other loses or never sees."""
     mine = filled(path, ["Mine."])
@@ -175,6 +184,8 @@ def test_export_and_import(path, tmp_path):
     assert other.import_from(copy) == 7
     strip = [(m.role, m.text, m.importance, m.topics, m.created) for m in memory.list()]
     assert [(m.role, m.text, m.importance, m.topics, m.created) for m in other.list()] == strip
+    copy.write_text(copy.read_text(encoding="utf-8"), encoding="utf-8-sig")  # as some editors save it
+    assert other.import_from(copy) == 0
     small = ConversationMemory(":memory:", capacity=3)
     small.import_from(copy)
     assert len(small.list()) <= 3

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from intent_sentences import TUNED, UNSEEN
+from intent_sentences import LATER, MISSED, TUNED, UNSEEN
 
 from inference.intents import INTENTS
 from inference.prompts import SmartPromptEngineer, load_templates
@@ -13,14 +13,16 @@ def engineer():
     return SmartPromptEngineer()
 
 
-@pytest.mark.parametrize("name, sentences, least", [("tuned", TUNED, 0.97), ("unseen", UNSEEN, 0.9)])
+@pytest.mark.parametrize(
+    "name, sentences, least", [("tuned", TUNED, 0.97), ("missed", MISSED, 0.97), ("unseen", UNSEEN, 0.9), ("later", LATER, 0.8)]
+)
 def test_intents(engineer, name, sentences, least):
     """Guards: rules that work for one language or for the examples only."""
     wrong = [(want, engineer.detect(text).name, text) for want, texts in sentences.items() for text in texts]
     total = len(wrong)
     wrong = [entry for entry in wrong if entry[0] != entry[1]]
     print(f"intents, {name}: {total - len(wrong)} of {total}; wrong: {wrong}")
-    assert set(sentences) == set(INTENTS) and total >= 80
+    assert set(sentences) == set(INTENTS) and total >= 48
     assert 1 - len(wrong) / total >= least
 
 
@@ -96,6 +98,10 @@ def test_users_templates(tmp_path):
     with pytest.raises(ValueError, match="no template 'soup'"):
         engineer.build("A soup", "soup")
     assert engineer.templates["recipe"].required == ("question", "mood")
+    assert engineer.build("A soup, please").template == "chat", "what nobody gives cannot be filled in, as in a chat"
+    bom = tmp_path / "bom.yaml"
+    bom.write_text((tmp_path / "mine.yaml").read_text(encoding="utf-8"), encoding="utf-8-sig")  # as some editors save it
+    assert [template.name for template in load_templates(bom)] == ["recipe"]
 
 
 @pytest.mark.parametrize(

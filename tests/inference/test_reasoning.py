@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.engine import Completion, Engine
+from inference.markdown import cell_width
 from inference.reasoning import MultiStepReasoning, ReasoningPath, ReasoningStep, Sample, generate_with_reasoning, read_plan, vote
-from inference.reasoning_view import columns, wrap
+from inference.reasoning_view import wrap
 from inference.sampling import SamplingSettings
 from inference.text import ReplyText, starts_in_reasoning
 from inference.thinking import Call
@@ -128,11 +129,13 @@ def test_bad_values(tokenizer, model):
         ("temperature 0 would all be the same", {"samples": 3, "settings": SamplingSettings(temperature=0.0)}),
         ("say samples=3", {"settings": SamplingSettings(n=3)}),
         ("budget must be", {"budget": "many"}),
-        ("no room for the answer", {"budget": 300, "settings": SamplingSettings(256)}),
+        ("message 1 needs a role", {"messages": [{"role": "king", "content": "hi"}]}),
+        ("message 2 .user. needs a content", {"messages": [{"role": "user", "content": "hi"}, {"role": "user", "content": None}]}),
+        ("list of messages, got int", {"messages": 5}),
     ]
     for message, options in cases:
         with pytest.raises(ValueError, match=message):
-            generate_with_reasoning(engine, "hi", **options)
+            generate_with_reasoning(engine, **{"messages": "hi", **options})
     with pytest.raises(ValueError, match="needs a tokenizer"):
         generate_with_reasoning(Engine(model), "hi")
 
@@ -182,8 +185,9 @@ def test_plans_in_many_forms():
     """Guards the forms in which models number their steps, and lines that are none."""
     assert read_plan("步骤一：先加\n步骤二：再减") == ["先加", "再减"]
     assert read_plan("第1步：先加\n第二步，再减") == ["先加", "再减"]
-    assert read_plan("① 先加\n② 再减") == ["先加", "再减"] == read_plan("**1. 先加**\n**2. 再减**")
+    assert read_plan("① 先加\n② 再减") == ["先加", "再减"] == read_plan("一、先加\n二、再减") == read_plan("**1. 先加**\n**2. 再减**")
     assert read_plan("Step 1: add\nstep 2: take") == ["add", "take"] == read_plan("(1) add\n(2) take")
+    assert read_plan("3.5 + 2 = 5.5\n2.5 * 2 = 5") == read_plan("10:30 meet\n11:30 eat") == [], "numbers are no numbering"
     assert read_plan("1. What is 2+2?\n2. add", "What is 2+2?") == read_plan("3.5 + 2 = 5.5\n4 apples") == read_plan("1. only one") == []
 
 
@@ -199,6 +203,14 @@ def test_a_small_context_drops_the_oldest_results(tokenizer, model):
     assert isinstance(random.text(), str) and random.seconds > 0
 
 
+def test_plans_are_made_without_thinking(tokenizer):
+    """Guards a model that uses up the tokens of its plan by thinking, and a budget of the steps that the plan has no room for."""
+    engine = ScriptedEngine(tokenizer, "1. add\n2. take", "x\n</think>\n\n1", "y\n</think>\n\n2", "z\n</think>\n\n3")
+    path = MultiStepReasoning(engine, thinking=True, budget=600).solve("1 + 1?")
+    assert [text.endswith("<think>\n\n</think>\n\n") for text, _ in engine.asked] == [True, False, False, False]
+    assert path.answer == "3" and [step.thinking for step in path.steps] == ["x", "y"]
+
+
 # ------------------------------------------------------------------------------------------------- for people
 
 
@@ -207,7 +219,7 @@ def test_a_small_context_drops_the_oldest_results(tokenizer, model):
 def test_wrapping_keeps_width_and_words(text: str, width: int) -> None:
     """Guards lines that are too wide by a full stop's two columns at most, and characters that are lost."""
     lines = wrap(text, width)
-    assert all(columns(line) <= width + 2 for line in lines)
+    assert all(cell_width(line) <= width + 2 for line in [*lines, *wrap(text + "。" * 40, width)])
     assert "".join("".join(lines).split()) == "".join(text.split())
 
 
@@ -225,7 +237,7 @@ def test_tree_is_indented_and_narrow():
     """Guards a tree that is wider than the terminal, or loses a branch in a wrapped line."""
     for language in ("zh", "en"):
         lines = a_path().text(language, 50).splitlines()
-        assert max(map(columns, lines)) <= 52 and sum(line[0] in "├└" for line in lines) == 3
+        assert max(map(cell_width, lines)) <= 52 and sum(line[0] in "├└" for line in lines) == 3
     assert lines[-1].startswith("   ") and "confidence of the whole path: 17%" in lines[-1] and any("…" in line for line in lines)
     assert any("3 + 4 = 7" in line and "calculator" in line for line in lines)
 

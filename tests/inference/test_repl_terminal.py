@@ -138,7 +138,7 @@ def test_every_command(chat, place):
     does("what time is it?", "tokens/s")
     does("/tools off", "tools: off")
     does("/files nowhere", "nowhere")
-    does("/files papers", "asks before it changes any")
+    does("/files papers", "you are asked before anything is changed")
     terminal.line("/files do move a.txt to notes")
     terminal.expect("?")
     does("yes", "1")

@@ -206,7 +206,7 @@ def test_a_vocabulary_without_thinking(make_model, tmp_path):
     assert isinstance(chat.chat("hello"), str)
     said = list(chat.messages)
     chat.enable_thinking = True
-    with pytest.raises(ValueError, match="no <think> token.*enable_thinking"):
+    with pytest.raises(ValueError, match="no <think> token.*leave the thinking to the model"):
         chat.chat("hello")
     assert chat.messages == said
     chat.enable_thinking = False

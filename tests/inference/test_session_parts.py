@@ -217,6 +217,17 @@ def test_a_retry_is_another_answer(model, tokenizer):
         assert chat.chat("你好") == first
 
 
+def test_a_session_that_searches(model, tokenizer):
+    """Guards: /retry, votes and /summary of a session with beams, which must draw, or wait for the whole reply."""
+    chat = make_session(model, tokenizer, num_beams=3, length_penalty=0.5)
+    first = chat.chat("你好")
+    assert {"".join(words for _, words in chat.retry()) for _ in range(3)} != {first}
+    assert "".join(chat.summary()) and chat.settings.num_beams == 3
+    chat.reasoning = Reasoning(votes=3)
+    chat.chat("and now?")
+    assert sum(chat.last.votes.values()) <= 3
+
+
 def test_a_conversation_is_saved_with_all_that_is_on(model, tokenizer, tmp_path):
     """Guards: settings and switches that are lost with the file, and files of earlier versions that cannot be read any more."""
     chat = make_session(model, tokenizer, top_k=7)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from inference.memory import ConversationMemory
-from inference.toolbox import MOST_CALLS, Tool, Toolbox, ToolCall, answer_with_tools, default_tools
+from inference.tool_rounds import MOST_CALLS, answer_with_tools
+from inference.toolbox import Tool, Toolbox, ToolCall, default_tools
 
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
@@ -133,13 +134,12 @@ def test_rounds(toolbox, tokenizer):
     """Guards: results that do not reach the model, or messages that the chat template cannot render."""
     model = Script("Let me see. " + call("double", n=1) + call("double", n=2), call("double", n=4), "It is 8.")
     asked = [{"role": "user", "content": "?"}]
-    shown = []
-    new = answer_with_tools(model, asked, toolbox, show=lambda c, result: shown.append((c.name, result)))
+    new = answer_with_tools(model, asked, toolbox)
     assert [m["role"] for m in new] == ["assistant", "tool", "tool", "assistant", "tool", "assistant"]
     assert [m["content"] for m in new] == ["Let me see.", "2", "4", "", "8", "It is 8."]
     assert [m["tool_call_id"] for m in new if m["role"] == "tool"] == ["call_1", "call_2", "call_3"]
     assert new[0]["reasoning_content"] == "hm" and model.seen[1] == asked + new[:3] and asked == [{"role": "user", "content": "?"}]
-    assert shown == [("double", "2"), ("double", "4"), ("double", "8")]
+    assert [(record["name"], record["result"]) for record in toolbox.records] == [("double", "2"), ("double", "4"), ("double", "8")]
     text = tokenizer.render(asked + new, tools=toolbox.schemas()).text
     assert '<tool_call>\n{"name": "double", "arguments": {"n": 2}}\n</tool_call>' in text
     assert "<tool_response>\n2\n</tool_response>\n<tool_response>\n4\n</tool_response>" in text

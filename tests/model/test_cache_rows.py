@@ -52,7 +52,7 @@ def test_random_operations(shape: str, make_model, seed: int, block: int) -> Non
     kept: list[tuple[list[int], KVCache]] = []
     with torch.no_grad():
         for _ in range(30):
-            act = rng.choice(["join", "share", "drop", "keep", "feed", "feed"])
+            act = rng.choice(["join", "share", "drop", "keep", "reorder", "feed", "feed"])
             if act == "join":
                 ids = [rng.randrange(61) for _ in range(rng.choice([1, 3, 12, 25]))]
                 row = len(rows) if len(rows) < 6 else rng.randrange(6)  # a new one, or in the place of another
@@ -75,6 +75,10 @@ def test_random_operations(shape: str, make_model, seed: int, block: int) -> Non
             elif act == "keep" and rows:
                 row = rng.randrange(len(rows))
                 kept = [*kept, (list(rows[row]), cache.copied(row))][-2:]
+            elif act == "reorder" and rows:
+                order = [rng.randrange(len(rows)) for _ in range(rng.randint(1, 6))]
+                cache.reorder(torch.tensor(order))
+                rows = [list(rows[row]) for row in order]
             elif act == "feed" and rows and max(map(len, rows)) < 60:
                 assert_next_tokens(model, cache, rows, torch.randint(61, (len(rows), rng.randint(1, 4))))
             assert cache.batch_size == len(rows)
@@ -129,6 +133,20 @@ def test_buffers_double_and_stay_whole_when_memory_runs_out(make_model, monkeypa
         assert_next_tokens(model, cache, rows, torch.randint(61, (1, 40)))
 
 
+def test_beams_that_change_places_move_no_more_than_they_hold(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a new buffer for the whole context at every step of a beam search."""
+    model = make_model()
+    cache = KVCache(model.config, 4, 1000)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]] * 4), cache=cache)
+    before = [layer.keys.data_ptr() for layer in cache.all_layers]
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: pytest.fail("a new buffer"))
+    cache.reorder(torch.tensor([3, 0, 0, 1]))
+    cache.reorder(torch.tensor([2]))
+    assert [layer.keys.data_ptr() for layer in cache.all_layers] == before
+    assert (cache.batch_size, cache.row_room, cache.capacity) == (1, 4, 1000)
+
+
 def test_rows_of_other_reasoning_settings_are_refused(make_model) -> None:
     """Guards: keys of two steps beside keys of three."""
     model = make_model(**SHAPES["reasoning"])
@@ -136,7 +154,7 @@ def test_rows_of_other_reasoning_settings_are_refused(make_model) -> None:
         cache = cache_of(model, [1, 2, 3], 64)
         model.reasoning_steps = 3
         other = cache_of(model, [1, 2, 3], 64)
-        with pytest.raises(ValueError, match="cannot join"):
+        with pytest.raises(ValueError, match="reasoning_steps"):
             cache.put(1, other)
         cache.drop(0)
         cache.put(0, other)

@@ -18,14 +18,16 @@ def test_all_ways_are_measured_and_agree(
     pytest.importorskip("transformers", reason="the comparison needs: pip install -e .[parity]")
     monkeypatch.setattr(decode_compare, "set_threads", lambda count: None)
     tiny_model.save_pretrained(tmp_path, tiny_tokenizer)
-    shape = ["--batches", "1", "3", "--prompt-tokens", "5", "--new-tokens", "4", "--rounds", "2", "--device", "cpu"]
+    shape = ["--cpu-time", "--batches", "1", "3", "--prompt-tokens", "5", "--new-tokens", "4", "--rounds", "2", "--device", "cpu"]
     decode_compare.main([str(tmp_path), *shape, "--json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["batch"] for row in rows] == [1, 3]
     for row in rows:
         for name in decode_compare.NAMES:
             assert row[name]["same_ids"] == row["batch"]
-            assert all(0 < row[name][what]["min"] <= row[name][what]["max"] for what in ("first_ms", "tokens_per_second"))
+            for what in ("first_ms", "tokens_per_second", "against_last"):
+                assert 0 < row[name][what]["min"] <= row[name][what]["median"] <= row[name][what]["max"]
+        assert row["transformers"]["against_last"]["median"] == 1
     lines = decode_compare.table(rows).splitlines()
     assert len(lines) == 7 and len({len(line.rstrip()) for line in lines[1:]}) == 1 and lines[3].count("1.00x") == 1
     with pytest.raises(UsageError, match="context of 256"):

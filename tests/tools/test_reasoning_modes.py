@@ -8,11 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.reasoning import ReasoningResult
+from inference.reasoning import ReasoningResult, Sample
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
-from tools.reasoning_modes import BASE, is_right, main, modes, read_rows, table
+from tools.reasoning_modes import BASE, is_right, main, measure_modes, modes, read_rows, table
 from tools.reasoning_tasks import make_dataset
 from train.config import UsageError
+
+
+def test_every_task_draws_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards votes that draw alike for all tasks, where one unlucky draw would count many times; and the share of right samples."""
+    seeds = []
+
+    def generate(engine: object, messages: object, **options: object) -> ReasoningResult:
+        seeds.append(options["settings"].seed)  # type: ignore[attr-defined]
+        found = result("12")
+        found.samples = [Sample("12", result="12", finish_reason="stop"), Sample("7", result="7", finish_reason="stop")]
+        return found
+
+    monkeypatch.setattr("tools.reasoning_modes.generate_with_reasoning", generate)
+    rows = [{"messages": [{"role": "user", "content": "?"}], "answer": "12"}] * 3
+    found = measure_modes(None, rows, {BASE: modes(2, 4, 0.8, 40)["votes of 2"]})  # type: ignore[arg-type]
+    assert seeds[1:] == [0, 1, 2] and [row["samples_right"] for row in found[BASE]] == [0.5] * 3
 
 
 def result(answer: str, finish_reason: str = "stop") -> ReasoningResult:
@@ -28,11 +44,12 @@ def test_what_is_right() -> None:
 
 def test_table_compares_the_same_tasks() -> None:
     """Guards the difference to the base: of the same tasks, with an interval that holds it."""
-    rows = [{"right": n % 4 > 0, "confidence": 0.25 + 0.5 * (n % 4 > 0), "tokens": 10, "seconds": 0.5} for n in range(40)]
-    worse = [{**row, "right": row["right"] and n % 2 == 0} for n, row in enumerate(rows)]
+    row = {"samples_right": 0.7, "tokens": 10, "seconds": 0.5}
+    rows = [{**row, "right": n % 4 > 0, "confidence": 0.25 + 0.5 * (n % 4 > 0)} for n in range(40)]
+    worse = [{**row, "right": row["right"] and n % 2 == 0, "seconds": 1.5} for n, row in enumerate(rows)]
     lines = table({BASE: rows, "off": worse})
-    assert "30 of 40: 75.0% (60%–86%) | – | 0.75 / 0.25 | 10 | 0.500" in lines[2]
-    assert "10 of 40: 25.0%" in lines[3] and "-50.0% (-65% to -35%)" in lines[3]
+    assert "30 of 40: 75.0% (60%–86%) | – | 70.0% | 0.75 / 0.25 | 10 | 0.500 | 1.00 |" in lines[2]
+    assert "10 of 40: 25.0%" in lines[3] and lines[3].endswith("| 1.500 | 3.00 |") and "-50.0% (-65% to -35%)" in lines[3]
 
 
 def test_a_whole_run(tmp_path: Path, tiny_tokenizer: BPETokenizer, capsys: pytest.CaptureFixture[str]) -> None:
