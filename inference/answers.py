@@ -21,10 +21,11 @@ _MARKED = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(
         r"(?:the (?:final |correct |right |best )?(?:answer|option|choice) is|answer(?=\s*[:：*])|答案(?:是|为|选|(?=\s*[:：*]))|"
-        r"(?:故|应|正确)选项?(?:是|为|：|:)?(?=\s*[A-H]))[\s:：*$]*(.+?)(?=\.\s|\.?$|[。!！?？])",
+        r"选项?(?:是|为|：|:)?(?=\s*[A-H](?![A-Za-z])))[\s:：*$]*(.+?)(?=\.\s|\.?$|[。!！?？])",
         re.IGNORECASE | re.MULTILINE,
     ),
 )
+_REASON = re.compile(r"[,，;；]\s*(?![\s\d])|\s(?:because|since|as)\b|因为|所以", re.IGNORECASE)  # what follows is no part of a result
 _SPOKEN = re.compile("[。！？，；!?,;~…]")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
@@ -50,8 +51,16 @@ def _marked(text: str) -> str | None:
     for pattern in _MARKED:
         found = pattern.findall(text)
         if found and found[-1].strip():
-            return _plain(found[-1]).strip().rstrip(".。") or None
+            return _value(_plain(found[-1])).strip().rstrip(".。") or None
     return None
+
+
+def _value(result: str) -> str:
+    """The number that a marked result comes to: 7 of "7, because it is 3 + 4", "3 + 4 = 7" and "x = 7"; without one, all of it."""
+    first = _REASON.split(result)[0]
+    if not numbers_in(first):
+        return result
+    return first.rpartition("=")[2] if numbers_in(first.rpartition("=")[2]) else first
 
 
 def _plain(text: str) -> str:

@@ -3,28 +3,42 @@
     calculate("(1 + 2) × 3.5")     # Fraction(21, 2)
     read_number("-1,200.50")       # Fraction(-2401, 2)
     check_steps("16 - 7 = 9, 3 * 4 = 13")   # [("16 - 7 = 9", True), ("3 * 4 = 13", False)]
+    pending("Tom has 3 + 4 =")       # ("3 + 4", "7")
 
-Numbers are fractions, so that 0.1 + 0.2 is 0.3. Known: + - * / × ÷ ^ ** ( ) and the full-width forms, decimals, thousands commas,
-percentages (50% is 1/2).
+Numbers are fractions, so that 0.1 + 0.2 is 0.3. Known: + - * / × ÷ ^ ** ² ³ ( ) and the full-width forms, decimals, thousands commas,
+percentages (50% is 1/2, so that 200 + 10% is 200.1).
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 MAX_CHARACTERS = 200
 MAX_DEPTH = 30
 MAX_BITS = 1024
 MAX_EXPONENT = 256
+MAX_WRITTEN = 30  # characters of a result that is written into a text
+DIGITS = 6  # of a result that has no end, such as 10 / 3
+MAX_PLACES = 12  # of a decimal that is written out to its end
 
-_WIDE = str.maketrans("＋－＊／×÷（）＝．％，−–・·０１２３４５６７８９", "+-*/*/()=.%,--**0123456789")
+_WIDE = str.maketrans("＋－＊／×÷（）＝．％，−–・·０１２３４５６７８９", "+-*/*/()=.%,--**0123456789") | {ord("²"): "^2", ord("³"): "^3"}
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|[-+*/^()%]))")
 _SIGNED = re.compile(rf"[-+]?(?:{_NUMBER})(?:\s*/\s*\d+)?\s*%?")
 _ARITHMETIC = re.compile(r"[-+*/^()=.,%\d\s]+")
 _BETWEEN = re.compile(r"\n|[.,]\s|(?<=[\d%)])\s+(?=[\d(])")  # two expressions in a row
 _OPERATION = re.compile(r"[\d%)]\s*[-+*/^]")
+_TIMES = re.compile(r"\\(?:times|cdot)(?![a-z])|(?<=[\d)%])(?<!\b0)\s*[xX]\s*(?=[\d(])")
+_FRACTION = re.compile(r"(?<![\d./])\d+/\d+(?![\d./])")
+_OPEN_END = re.compile(r"[-+*/^().,%\d \t]*\Z")
+# A word that does something to the number after it, so that the expression does not begin there.
+_OPERATOR_WORD = re.compile(
+    r"(?:\\\w+|\b(?:[a-z]|times|plus|minus|over|by|of|twice|half|double|mod|sqrt|root|log|ln|sin|cos|tan|negative|than)|"
+    "[零一二三四五六七八九十百千万亿两加减乘除倍方根负的比]|[乘除]以)$",
+    re.IGNORECASE,
+)
 
 
 class CalculatorError(ValueError):
@@ -51,7 +65,7 @@ def read_number(text: str) -> Fraction | None:
 
 def numbers_in(text: str) -> list[Fraction]:
     """All numbers of a text in their order; a minus counts as a sign only where no number or word stands directly before it."""
-    found = re.finditer(rf"(?:(?<![\w)%])-\s?)?(?:{_NUMBER})(?:/\d+)?%?", text.translate(_WIDE))
+    found = re.finditer(rf"(?:(?<![\w)%])-\s?)?(?:{_NUMBER})(?:/\d+)?%?", _running(text))
     values = (read_number(match.group().replace(" ", "")) for match in found)
     return [value for value in values if value is not None]
 
@@ -62,7 +76,7 @@ def check_steps(text: str) -> list[tuple[str, bool]]:
     In a = b = c every neighbouring pair is one. A side with decimals may be rounded to them: 10 / 3 = 3.33 holds.
     """
     found: list[tuple[str, bool]] = []
-    for match in _ARITHMETIC.finditer(re.sub("[$¥￥€£]", "", text.translate(_WIDE))):
+    for match in _ARITHMETIC.finditer(re.sub("[$¥￥€£]", "", _running(text))):
         sides = [side.strip(" \t\r\n.,") for side in match.group().split("=")]
         for left, right in zip(sides, sides[1:], strict=False):
             # What stood before the expression (the end of a sentence, the number of a list) is not part of it.
@@ -75,6 +89,72 @@ def check_steps(text: str) -> list[tuple[str, bool]]:
                 continue
             found.append((f"{left} = {right}", _agree(*values, left, right)))
     return found
+
+
+def pending(text: str) -> tuple[str, str] | None:
+    """The expression behind which a text breaks off with an equals sign, and its value written to fit: ("3 + 4", "7") of "so 3 + 4 =".
+
+    None when it ends in something else, or in what may be only a part of the expression that is meant (x + 3 + 4 =, f(2) + 1 =).
+    """
+    body = _running(text[-2 * MAX_CHARACTERS :]).rstrip(" \t")
+    if not body.endswith("="):
+        return None
+    body = body[:-1]
+    run = _OPEN_END.search(body)
+    assert run is not None  # it also matches nothing
+    before, parts = body[: run.start()], re.split(r"[.,]\s", run.group())
+    expression = parts[-1].strip()
+    if not _OPERATION.search(expression) or expression[0] in "+*/^%)":
+        return None
+    if len(parts) == 1 and not _may_begin(expression, before, adjacent=not run.group()[0].isspace()):
+        return None
+    if not before and len(text) > 2 * MAX_CHARACTERS:
+        return None
+    try:
+        written = write_number(calculate(expression), expression)
+    except CalculatorError:
+        return None
+    return (expression, written) if len(written) <= MAX_WRITTEN else None
+
+
+def write_number(value: Fraction, like: str = "", most_places: int = MAX_PLACES) -> str:
+    """A number as people write it: whole numbers and decimals to their end, else DIGITS digits. `like` is the expression that it is the
+    value of: fractions (1/2 + 1/3) give a fraction, numbers with thousands commas such a number."""
+    comma = "," if re.search(r"\d,\d", like) else ""
+    if value.denominator == 1:
+        return f"{value.numerator:{comma}}"
+    rest = _FRACTION.sub("1", like)
+    if rest != like and _OPERATION.search(rest) and "." not in like:
+        return f"{value.numerator}/{value.denominator}"
+    places = next((count for count in range(1, most_places + 1) if 10**count % value.denominator == 0), None)
+    if places is None:
+        places, size = DIGITS, abs(value)
+        while size >= 1 and places > 0:
+            size, places = size / 10, places - 1
+        while size * 10 < 1:
+            size, places = size * 10, places + 1
+    scaled = round(abs(value) * 10**places)
+    whole, rest = divmod(scaled, 10**places)
+    return "-" * (value < 0) + f"{whole:{comma}}" + (f".{rest:0{places}d}" if places else "")
+
+
+def _running(text: str) -> str:
+    """Text in which expressions stand between words, in plain characters. A Chinese comma ends one there."""
+    return _TIMES.sub("*", text.replace("，", "\n").translate(_WIDE).replace("\\div", "/"))
+
+
+def _may_begin(expression: str, before: str, adjacent: bool) -> bool:
+    """Whether what stands before an expression, with or without a space between, is no part of it."""
+    word = before.rstrip()
+    if not word or before[-1] == "\n":
+        return True
+    last = word[-1]
+    if expression[0] == "-" and (last.isalnum() or last in "_)]}!"):
+        return False
+    if last in "=<>≈→⇒" or unicodedata.category(last).startswith("P"):
+        return last not in ")]}!" or not adjacent
+    chinese = "\u4e00" <= last <= "\u9fff"
+    return (chinese or (last.isalnum() and not adjacent)) and not _OPERATOR_WORD.search(word[-12:])
 
 
 def _agree(left: Fraction, right: Fraction, left_text: str, right_text: str) -> bool:

@@ -9,105 +9,26 @@ Shapes: B rows (prompts times samples), T prompt length, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import operator
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from inference.sampling import (
-    SamplingSettings,
-    TokenHistory,
-    choose,
-    chosen_logprobs,
-    process_logits,
-    prompt_seeds,
-    row_generator,
-)
-from inference.text import Channel, ReplyText, starts_in_reasoning
-from model.cache import KVCache
+from inference.beam import beam_search
+from inference.decoding import Batch, Completion, Piece, Prefill, Row
+from inference.prefixes import PromptCache
+from inference.sampling import SamplingSettings, prompt_seeds
+from model.cache import CacheSetting, KVCache
 from model.config import HaoAIConfig
-from model.transformer import pad_left
 
-
-@dataclass
-class Completion:
-    """One finished reply. `ids` holds every generated token, the end token included; `text` is the answer alone."""
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    reasoning: str = ""
-    finish_reason: str = "length"
-    """"stop" (end token or stop string) or "length" (max_new_tokens or the context is used up)."""
-    logprobs: list[float] | None = None
-    """Log-probability of each of `ids` under the unmodified logits, when asked for."""
-
-
-@dataclass
-class Piece:
-    """A step of a streamed reply: text that may be shown now (possibly none) and the tokens that were taken for it."""
-
-    text: str
-    channel: Channel
-    ids: list[int]
-    finish_reason: str | None = None
-    """Set on the last piece only."""
-    logprobs: list[float] | None = None
-
-
-class PromptCache:
-    """Keys and values of one conversation between calls of `Engine.stream`; only what differs from last time is fed
-    again."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.cache: KVCache | None = None
-        self.reused = 0
-        """Prompt tokens that the last call found here."""
-
-    def clear(self) -> None:
-        self.ids, self.cache, self.reused = [], None, 0
-
-
-class _Decoding:
-    """Rows that are being decoded together: the logits of the next token, the cache and the history."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        logits: Tensor,
-        cache: KVCache,
-        history: TokenHistory,
-        settings: SamplingSettings,
-        generators: list[torch.Generator] | None,
-    ) -> None:
-        self.engine, self.logits, self.cache, self.history = engine, logits, cache, history
-        self.settings, self.generators = settings, generators
-        self.eos_ids = engine.end_tokens(settings)
-
-    def choose(self) -> tuple[Tensor, list[float] | None]:
-        """The next token of every row (B,), and their log-probabilities when asked for."""
-        scores = process_logits(self.logits, self.history, self.settings, self.eos_ids)
-        tokens = choose(scores, self.settings.greedy, self.generators)
-        logprobs = chosen_logprobs(self.logits, tokens).tolist() if self.settings.logprobs else None
-        self.history.append(tokens)
-        return tokens, logprobs
-
-    def feed(self, tokens: Tensor) -> None:
-        self.logits = self.engine.decode(tokens, self.cache)
-
-    def select(self, rows: list[int]) -> Tensor:
-        """Go on with these rows only; returns their indices as a tensor."""
-        index = torch.tensor(rows, device=self.logits.device)
-        self.cache.reorder(index)
-        self.history.select(index)
-        if self.generators is not None:
-            self.generators = [self.generators[row] for row in rows]
-        return index
+__all__ = ["Completion", "Engine", "Piece", "PromptCache", "generate_ids"]
 
 
 class Engine:
@@ -117,8 +38,21 @@ class Engine:
         self.model = model
         self.config: HaoAIConfig = model.config  # type: ignore[assignment]
         self.tokenizer = tokenizer
-        self.steps_used: Tensor | None = None
-        """(B, T) reasoning steps that each token of the last feed took; None of a model that never halts."""
+        self._last = threading.local()
+        self.vocab_size = self.config.vocab_size
+        """Ids that can be read and chosen: an embedding is often padded beyond the tokenizer's last token."""
+        if tokenizer is not None:
+            self.vocab_size = min(self.vocab_size, tokenizer.vocab_size)
+
+    @property
+    def steps_used(self) -> Tensor | None:
+        """(B, T) reasoning steps that each token of this thread's last feed took; None of a model that never halts. Replies and pieces
+        carry their own."""
+        return getattr(self._last, "steps", None)
+
+    @steps_used.setter
+    def steps_used(self, steps: Tensor | None) -> None:
+        self._last.steps = steps
 
     @property
     def device(self) -> torch.device:
@@ -129,36 +63,42 @@ class Engine:
         """Most tokens of prompt and reply together."""
         return self.config.max_position_embeddings
 
+    @property
+    def cache_setting(self) -> CacheSetting:
+        """What keys and values depend on besides tokens and weights: the reasoning head's setting and the LoRA adapter in use."""
+        return self.model.cache_setting  # type: ignore[return-value]
+
     def end_tokens(self, settings: SamplingSettings) -> tuple[int, ...]:
-        """The ids that end a reply: those of the settings, else all that the tokenizer names."""
-        if settings.eos_token_id is not None:
-            return settings.eos_ids
-        if self.tokenizer is None:
-            return ()
-        return tuple(self.tokenizer.stop_ids)
+        """The ids that end a reply: those of the settings, else all that the tokenizer names. Ids that can never come are left out."""
+        named = settings.eos_ids if settings.eos_token_id is not None or self.tokenizer is None else self.tokenizer.stop_ids
+        return tuple(token for token in named if token < self.vocab_size)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         parameter = next(self.model.parameters())
         return KVCache(self.config, batch_size, capacity, device=parameter.device, dtype=parameter.dtype)
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Feed prompts ids (B, T), left-padded where mask (B, T) is 0, into the cache; returns the next logits (B,
-        V)."""
-        out = self.model(ids, attention_mask=mask, cache=cache, last_only=True)
-        self.steps_used = out.steps_used
-        logits = out.logits[:, -1]
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError(
-                "the model's output is not finite (NaN or infinity): its weights are damaged, or its numbers are too "
-                "large for this precision; load an earlier checkpoint, or run it in fp32"
-            )
-        return logits
+        """Feed prompts ids (B, T), left-padded where mask (B, T) is 0; returns the next logits (B, V)."""
+        return self.feed(ids, cache, mask)[:, -1]
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token per row, tokens (B,); returns the next logits (B, V)."""
-        out = self.model(tokens.unsqueeze(1), cache=cache, last_only=True)
+        return self.feed(tokens.unsqueeze(1), cache)[:, -1]
+
+    def decode_block(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Feed tokens (B, T); returns the logits (B, T, V) after each of them."""
+        return self.feed(tokens, cache, last_only=False)
+
+    def feed(self, ids: Tensor, cache: KVCache, mask: Tensor | None = None, last_only: bool = True) -> Tensor:
+        """Feed ids (B, T), the only place where the model is run; returns logits (B, T, V), with last_only (B, 1, V).
+
+        Ids that the tokenizer does not have can never be chosen: their logits are minus infinity.
+        """
+        out = self.model(ids, attention_mask=mask, cache=cache, last_only=last_only)
         self.steps_used = out.steps_used
-        return out.logits[:, -1]
+        if self.vocab_size < out.logits.shape[-1]:
+            out.logits[..., self.vocab_size :] = -torch.inf
+        return out.logits
 
     def generate(
         self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, seeds: Sequence[int] | None = None
@@ -168,33 +108,46 @@ class Engine:
         All samples of a prompt share its prefill; rows that finish leave the batch. With a seed, a prompt's replies do
         not depend on what else is in the batch (up to the rounding of batched products); the same prompt given twice
         goes on with the next samples. One seed gives every prompt the same draws; `seeds` gives each its own
-        (`generate_many` makes them). Raises ValueError for an empty prompt or one longer than the context.
+        (`generate_many` makes them). Nothing is drawn in beam search: there seeds change nothing. Raises ValueError for an empty
+        prompt or one longer than the context.
         """
-        lists = [list(prompt) for prompt in prompts]
-        if not lists:
-            return []
+        lists = [token_ids(prompt) for prompt in prompts]
         if seeds is not None and len(seeds) != len(lists):
             raise ValueError(f"{len(lists)} prompts need as many seeds, got {len(seeds)}")
-        limits = [self._room(prompt, settings) for prompt in lists for _ in range(settings.n)]
-        self._check_stop(settings)
-        results = [Completion(logprobs=[] if settings.logprobs else None) for _ in limits]
-        texts = self._reply_texts([prompt for prompt in lists for _ in range(settings.n)], settings)
-        with self._evaluating(), torch.inference_mode():
-            if max(limits) > 0:
-                self._decode_batch(lists, settings, seeds, limits, results, texts)
-        for result, text in zip(results, texts, strict=True):
-            if text is not None:
-                text.finish()
-                result.text, result.reasoning = text.text, text.reasoning
-        return [results[start : start + settings.n] for start in range(0, len(results), settings.n)]
+        if settings.num_beams > 1:
+            return beam_search(self, lists, settings)
+        rows: list[list[Row]] = []
+        given: Counter[tuple[int, ...]] = Counter()
+        for place, prompt in enumerate(lists):
+            own = settings if seeds is None else dataclasses.replace(settings, seed=seeds[place])
+            first = given[tuple(prompt)] if seeds is None else 0
+            rows.append([Row(self, prompt, own, first + sample, sample) for sample in range(settings.n)])
+            given[tuple(prompt)] += settings.n
+        open_rows = [samples for samples in rows if not samples[0].done]
+        with self.evaluating(), torch.inference_mode():
+            batch = Batch(self)
+            if open_rows:
+                room = max(samples[0].limit for samples in open_rows)
+                prefill = Prefill(self, [samples[0].prompt for samples in open_rows], [None] * len(open_rows), room)
+                prefill.advance()
+                batch.join(prefill, open_rows)
+            while batch.rows:
+                for row, _ in batch.choose():
+                    if row.error is not None:
+                        raise row.error
+                batch.leave([row for row in batch.rows if row.done])
+                batch.feed()
+        return [[row.completion for row in samples] for samples in rows]
 
     def generate_many(
         self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, at_once: int
     ) -> Iterator[list[tuple[int, list[Completion]]]]:
         """Replies to any number of prompts, `at_once` of like length together: batches of (number of the prompt, its completions).
 
-        With settings.seed every prompt has draws of its own, whatever batch it is in.
+        With settings.seed every prompt has draws of its own, whatever batch it is in. Raises ValueError like `generate`.
         """
+        if at_once < 1:
+            raise ValueError(f"at_once must be at least 1 prompt, got {at_once}")
         seeds = None if settings.seed is None else prompt_seeds(settings.seed, len(prompts))
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         for start in range(0, len(order), at_once):
@@ -208,129 +161,46 @@ class Engine:
         With a PromptCache, the part of the prompt that it already holds is not computed again. Closing the iterator at
         any point leaves the cache usable. Raises ValueError like `generate`; settings.n must be 1.
         """
-        prompt = list(ids)
+        prompt = token_ids(ids)
         if settings.n != 1:
             raise ValueError(f"a stream gives one reply, got n={settings.n}; call generate for several")
-        limit = self._room(prompt, settings)
-        self._check_stop(settings)
-        # A generator function would report the mistakes above only when it is first read.
-        return self._stream(prompt, settings, limit, PromptCache() if cache is None else cache)
+        if settings.num_beams != 1:
+            raise ValueError(f"beam search knows its reply at the end only (num_beams={settings.num_beams}): call generate")
+        # A generator function would report mistakes only when it is first read.
+        return self._stream(Row(self, prompt, settings), PromptCache() if cache is None else cache)
 
-    def _stream(self, prompt: list[int], settings: SamplingSettings, limit: int, held: PromptCache) -> Iterator[Piece]:
-        text = self._reply_texts([prompt], settings)[0]
-        channel: Channel = "reasoning" if text is not None and text.in_reasoning else "answer"
-        if limit == 0:
-            yield Piece("", channel, [], "length")
+    def _stream(self, row: Row, held: PromptCache) -> Iterator[Piece]:
+        batch = Batch(self)
+        if row.done:
+            yield Piece("", row.channel, [], "length")
             return
+        epoch = held.epoch
         # Each step enters inference mode by itself: around a yield it would leak into the caller's code.
-        with self._evaluating(), torch.inference_mode():
-            logits = self._prefill_rest(prompt, limit, held)
-            assert held.cache is not None
-            history = self._history([prompt], limit)
-            run = _Decoding(self, logits, held.cache, history, settings, self._generators([prompt], settings, None))
-        for count in range(1, limit + 1):
-            with self._evaluating(), torch.inference_mode():
-                tokens, logprobs = run.choose()
-            token = int(tokens)
-            segments = [] if text is None or token in run.eos_ids else text.push(token)
-            reason = _finish_reason(token, run.eos_ids, text, count, limit)
-            if reason is not None and text is not None:
-                segments += text.finish()
-            for channel, words in segments[:-1]:
-                yield Piece(words, channel, [])
-            channel, words = segments[-1] if segments else (text.channel if text is not None else channel, "")
-            yield Piece(words, channel, [token], reason, logprobs)
-            if reason is not None:
-                return
-            known, held.ids = held.ids, []  # a feed that is interrupted leaves the cache unusable, hence empty
-            with self._evaluating(), torch.inference_mode():
-                run.feed(tokens)
-            held.ids = [*known, token]
+        with self.evaluating(), torch.inference_mode():
+            prefix = held.find(row.prompt, self)
+            own = prefix is not None and held.use(prefix)
+            prefill = Prefill(self, [row.prompt], [prefix], row.limit, own)
+            held.reused = prefill.reused[0]
+            prefill.advance()
+            batch.join(prefill, [[row]])
+        try:
+            while not row.done:
+                with self.evaluating(), torch.inference_mode():
+                    taken = batch.choose()
+                if row.error is not None:
+                    raise row.error
+                yield from taken[0][1]
+                if not row.done:
+                    with self.evaluating(), torch.inference_mode():
+                        batch.feed()
+        finally:
+            with torch.inference_mode():
+                kept = None if row.error else batch.keep(row)
+            if kept is not None:
+                held.put(*kept, epoch)
 
-    def _prefill_rest(self, prompt: list[int], limit: int, held: PromptCache) -> Tensor:
-        """Bring the cache to hold exactly `prompt`, feeding what it lacks; returns the next logits (1, V)."""
-        # The last token is always fed: its logits are what the reply starts from.
-        reused = min(_common_prefix(prompt, held.ids), len(prompt) - 1)
-        needed = len(prompt) + limit
-        fits = held.cache is not None and held.cache.capacity >= needed
-        # Other reasoning steps, or another threshold for halting: what is held was computed by another model, as it were.
-        fits = fits and held.cache.reasoning_setting == getattr(self.model, "reasoning_setting", None)  # type: ignore[union-attr]
-        if held.cache is None or not fits or reused == 0 or not held.cache.rewind(reused):
-            capacity = min(self.context, max(256, 1 << (needed - 1).bit_length()))
-            held.cache, reused = self.new_cache(1, capacity), 0
-        held.ids, held.reused = [], reused
-        logits = self.prefill(torch.tensor([prompt[reused:]], device=self.device), None, held.cache)
-        held.ids = prompt
-        return logits
-
-    def _decode_batch(
-        self,
-        prompts: list[list[int]],
-        settings: SamplingSettings,
-        seeds: Sequence[int] | None,
-        limits: list[int],
-        results: list[Completion],
-        texts: list[ReplyText | None],
-    ) -> None:
-        ids, mask = pad_left(prompts, 0, self.device)
-        cache = self.new_cache(len(prompts), ids.shape[1] + max(limits))
-        logits = self.prefill(ids, mask, cache)
-        history = self._history(prompts, max(limits))
-        generators = self._generators(prompts, settings, seeds)
-        if settings.n > 1:
-            share = torch.arange(len(prompts), device=self.device).repeat_interleave(settings.n)
-            logits = logits[share]
-            cache.reorder(share)
-            history.select(share)
-        run = _Decoding(self, logits, cache, history, settings, generators)
-        rows = list(range(len(results)))  # the reply that each row of the batch is working on
-        done = [limit == 0 for limit in limits]
-        while True:
-            tokens, logprobs = run.choose()
-            for slot, token in enumerate(tokens.tolist()):
-                row = rows[slot]
-                if done[row]:
-                    continue
-                result, text = results[row], texts[row]
-                result.ids.append(token)
-                if logprobs is not None and result.logprobs is not None:
-                    result.logprobs.append(logprobs[slot])
-                if text is not None and token not in run.eos_ids:
-                    text.push(token)
-                reason = _finish_reason(token, run.eos_ids, text, len(result.ids), limits[row])
-                if reason is not None:
-                    result.finish_reason, done[row] = reason, True
-            alive = [slot for slot, row in enumerate(rows) if not done[row]]
-            if not alive:
-                return
-            # Dropping rows copies the cache, so it waits until half of them are finished.
-            if len(alive) <= len(rows) // 2:
-                tokens = tokens[run.select(alive)]
-                rows = [rows[slot] for slot in alive]
-            run.feed(tokens)
-
-    def _history(self, prompts: list[list[int]], room: int) -> TokenHistory:
-        ids, mask = pad_left(prompts, 0, self.device)
-        return TokenHistory(ids, mask, self.config.vocab_size, room)
-
-    def _generators(
-        self, prompts: list[list[int]], settings: SamplingSettings, seeds: Sequence[int] | None
-    ) -> list[torch.Generator] | None:
-        """The random stream of every row."""
-        if settings.greedy or (seeds is None and settings.seed is None):
-            return None
-        if seeds is not None:
-            return [row_generator(seed, sample, self.device) for seed in seeds for sample in range(settings.n)]
-        assert settings.seed is not None
-        return [row_generator(settings.seed, sample, self.device) for sample in _sample_numbers(prompts, settings.n)]
-
-    def _reply_texts(self, prompts: list[list[int]], settings: SamplingSettings) -> list[ReplyText | None]:
-        if self.tokenizer is None:
-            return [None] * len(prompts)
-        return [ReplyText(self.tokenizer, settings.stop, reasoning=starts_in_reasoning(self.tokenizer, prompt)) for prompt in prompts]
-
-    def _room(self, prompt: list[int], settings: SamplingSettings) -> int:
-        """How many tokens may follow this prompt."""
+    def room(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
+        """How many tokens may follow this prompt. Raises ValueError for one that the model cannot read, or settings it cannot meet."""
         if not prompt:
             raise ValueError("a prompt is empty: give at least one token")
         if len(prompt) > self.context:
@@ -338,21 +208,20 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, the model's context holds {self.context}: shorten the prompt, "
                 "or use a model with a larger max_position_embeddings"
             )
-        vocab_size = self.config.vocab_size
-        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if wrong is not None:
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
             raise ValueError(
-                f"the prompt holds token id {wrong}, the model's vocabulary has {vocab_size} tokens: tokenizer and "
+                f"the prompt holds token id {wrong}, the model's vocabulary has {self.vocab_size} tokens: tokenizer and "
                 "model do not belong together"
             )
+        for name, wanted in (("stop strings need", settings.stop), ("a grammar needs", settings.grammar)):
+            if wanted and self.tokenizer is None:
+                raise ValueError(f"{name} a tokenizer: Engine(model, tokenizer)")
+        settings.check_vocabulary(self.vocab_size)
         return min(settings.max_new_tokens, self.context - len(prompt))
 
-    def _check_stop(self, settings: SamplingSettings) -> None:
-        if settings.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
-
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Dropout off for the time being; a model in training goes on training afterwards."""
         training = self.model.training
         if training:
@@ -364,26 +233,12 @@ class Engine:
                 self.model.train()
 
 
-def _finish_reason(token: int, eos_ids: tuple[int, ...], text: ReplyText | None, count: int, limit: int) -> str | None:
-    if token in eos_ids or (text is not None and text.stopped):
-        return "stop"
-    return "length" if count >= limit else None
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    length = min(len(first), len(second))
-    return next((index for index in range(length) if first[index] != second[index]), length)
-
-
-def _sample_numbers(prompts: list[list[int]], n: int) -> list[int]:
-    """Number of each row among the replies to its prompt; a prompt given again continues the count."""
-    given: Counter[tuple[int, ...]] = Counter()
-    numbers: list[int] = []
-    for prompt in prompts:
-        key = tuple(prompt)
-        numbers += range(given[key], given[key] + n)
-        given[key] += n
-    return numbers
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    """A prompt as a list; also from an array or a tensor (T,). Raises ValueError for what is no sequence of whole numbers."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(f"a prompt is a list of token ids, such as tokenizer.encode(text), not {prompt!r:.60}") from error
 
 
 def generate_ids(
@@ -393,7 +248,7 @@ def generate_ids(
     *,
     max_new_tokens: int = 64,
     min_new_tokens: int = 0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -402,24 +257,26 @@ def generate_ids(
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
     seed: int | None = None,
+    num_return_sequences: int = 1,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    prompt_lookup_num_tokens: int = 0,
     **unknown: Any,
 ) -> Tensor:
-    """What `model.generate` does: input_ids (B, T), left-padded where attention_mask (B, T) is 0, to ids (B, T + new).
+    """What `model.generate` does: input_ids (B, T), left-padded where attention_mask (B, T) is 0, to ids
+    (B * num_return_sequences, T + new).
 
     Names and meanings are those of `transformers`, except that temperature 0 is greedy (and 1, sampling, is the
-    default). Rows that end early are filled with pad_token_id (default: the first end token, or 0). Generation ends
+    default, but for beam search). Rows that end early are filled with pad_token_id (default: the first end token, or 0). Generation ends
     where the context does. Raises ValueError for a bad value, TypeError for an unknown name.
     """
     if unknown:
         raise TypeError(_unknown_message(sorted(unknown)))
-    if num_beams != 1:
-        raise ValueError(f"beam search is not available yet (num_beams={num_beams}); leave num_beams at 1")
-    if length_penalty != 1.0:
-        raise ValueError(f"length_penalty={length_penalty} only has a meaning in beam search; leave it out")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have the shape (batch, time), got {tuple(input_ids.shape)}")
+    if temperature is None:
+        temperature = 1.0 if num_beams == 1 else 0.0
     if eos_token_id is None:
         eos_token_id = getattr(model.config, "eos_token_id", None)
     settings = SamplingSettings(
@@ -432,17 +289,24 @@ def generate_ids(
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         seed=seed,
+        n=num_return_sequences,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        lookup=prompt_lookup_num_tokens,
         eos_token_id=[] if eos_token_id is None else eos_token_id,
     )
     if pad_token_id is None:
         pad_token_id = settings.eos_ids[0] if settings.eos_ids else 0
     completions = Engine(model).generate(_unpadded_rows(input_ids, attention_mask), settings)
-    new = [row[0].ids for row in completions]
+    new = [completion.ids for row in completions for completion in row]
+    if len(new) < num_return_sequences * len(input_ids):
+        raise ValueError(f"there are fewer than num_return_sequences={num_return_sequences} different replies: ask for fewer")
     longest = max(map(len, new))
     # Built outside inference mode: training code may go on with these ids.
     filled = [row + [pad_token_id] * (longest - len(row)) for row in new]
     tail = torch.tensor(filled, dtype=input_ids.dtype, device=input_ids.device).reshape(len(new), longest)
-    return torch.cat((input_ids, tail), dim=1)
+    return torch.cat((input_ids.repeat_interleave(num_return_sequences, dim=0), tail), dim=1)
 
 
 def _unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """From logits to the next token: settings, pure functions on logits (B, V), and the history they look at.
 
-The order of operations is that of `transformers`: repetition penalty, (presence and frequency penalties, as the OpenAI
-API defines them), no-repeat-ngram, minimum length, temperature, top-k, top-p, min-p. Unlike there, left padding never
-counts as text that has been said.
+The order of operations is that of `transformers`: (what a grammar allows,) bias, repetition penalty, (presence and frequency
+penalties, as the OpenAI API defines them), no-repeat-ngram, minimum length, temperature, top-k, top-p, min-p. Unlike there, left
+padding never counts as text that has been said.
 
 Shapes: B rows, T tokens so far, V vocabulary.
 """
@@ -10,12 +10,16 @@ Shapes: B rows, T tokens so far, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from inference.grammar import Grammar
 
 NEVER = -math.inf
 
@@ -54,10 +58,26 @@ class SamplingSettings:
     """Replies per prompt."""
     logprobs: bool = False
     """Also return the log-probability of every chosen token under the unmodified logits."""
+    top_logprobs: int = 0
+    """Also return the likeliest tokens of every step with their log-probabilities, this many, under the unmodified logits."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids: 5 makes a token likelier, -100 all but bans it."""
+    num_beams: int = 1
+    """Above 1: beam search over this many candidates, with temperature=0; the n best are returned."""
+    length_penalty: float = 1.0
+    """Beam search: a finished beam's log-probability is divided by its length to this power; above 0 favours long replies."""
+    early_stopping: bool | Literal["never"] = False
+    """Beam search: end when num_beams replies are finished (True), when a better one is unlikely (False) or impossible ("never")."""
+    lookup: int = 0
+    """Most tokens guessed per step from repetitions in prompt and reply (one reply at a time): faster, with the same result."""
+    grammar: Grammar | None = None
+    """The answer is a text that this grammar describes; thinking before it is free."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
+        if not isinstance(self.stop, (list, tuple, type(None))):
+            raise ValueError(f"stop must be a list of strings, got {self.stop!r}")
         self.stop = list(self.stop or [])
         _check_integer("max_new_tokens", self.max_new_tokens, 1)
         _check_integer("top_k", self.top_k, 0)
@@ -76,13 +96,52 @@ class SamplingSettings:
             _check_integer("seed", self.seed, 0)
             if self.seed >= 2**63:
                 raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        if not isinstance(self.logprobs, bool):
+            raise ValueError(f"logprobs must be True or False (top_logprobs says how many), got {self.logprobs!r}")
+        _check_integer("top_logprobs", self.top_logprobs, 0)
+        self.logit_bias = _checked_bias(self.logit_bias)
+        _check_integer("lookup", self.lookup, 0)
+        if not (self.grammar is None or isinstance(self.grammar, Grammar)):
+            raise ValueError(f"grammar must be a Grammar, such as Grammar.json_schema(schema), got {type(self.grammar).__name__}")
+        self._check_beams()
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must hold non-empty strings, got {text!r}")
+        if not isinstance(self.eos_token_id, (int, list, tuple, type(None))):
+            raise ValueError(f"eos_token_id must be a token id or a list of them, got {self.eos_token_id!r}")
         for token in self.eos_ids:
             _check_integer("eos_token_id", token, 0)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens ({self.min_new_tokens}) must not be larger than max_new_tokens ({self.max_new_tokens})")
+
+    def _check_beams(self) -> None:
+        _check_integer("num_beams", self.num_beams, 1)
+        _check_number("length_penalty", self.length_penalty, -math.inf, math.inf, "1 is the mean log-probability, 0 is off")
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise ValueError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')
+        if self.num_beams == 1:
+            if self.length_penalty != 1.0 or self.early_stopping:
+                name = "early_stopping" if self.early_stopping else "length_penalty"
+                raise ValueError(f"{name}={getattr(self, name)!r} only has a meaning in beam search: set num_beams, or leave it out")
+            return
+        if not self.greedy:
+            raise ValueError(f"num_beams={self.num_beams} searches and does not sample: set temperature=0 (got {self.temperature})")
+        if self.n > self.num_beams:
+            raise ValueError(f"n={self.n} replies need at least as many beams: raise num_beams from {self.num_beams}")
+        if self.lookup:
+            raise ValueError(f"lookup={self.lookup} guesses for one reply, not for num_beams={self.num_beams}: set one of them only")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise ValueError when logit_bias names a token that a vocabulary of this size has not."""
+        outside = next((token for token in self.logit_bias if token >= size), None)
+        if outside is not None:
+            raise ValueError(f"logit_bias names token id {outside}, the model's vocabulary has {size} tokens: ids go from 0 to {size - 1}")
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token depends on those before it, so that a TokenHistory is needed."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.no_repeat_ngram_size or self.min_new_tokens)
 
     @property
     def greedy(self) -> bool:
@@ -106,9 +165,22 @@ def _check_integer(name: str, value: object, lowest: int) -> None:
 def _check_number(name: str, value: object, lowest: float, highest: float, remark: str) -> None:
     fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not fine or not lowest <= value <= highest:  # type: ignore[operator]
-        span = {(0.0, math.inf): "at least 0", (-math.inf, math.inf): "finite"}.get((lowest, highest))
+        span = {(0.0, math.inf): "at least 0", (-math.inf, math.inf): "that is finite"}.get((lowest, highest))
         span = span or f"between {lowest:g} and {highest:g}"
         raise ValueError(f"{name} must be a number {span} ({remark}), got {value!r}")
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {bias!r}")
+    found: dict[int, float] = {}
+    for token, value in bias.items():
+        if isinstance(token, str) and token.isdecimal():  # JSON has no other keys
+            token = int(token)
+        _check_integer("logit_bias (a token id)", token, 0)
+        _check_number(f"logit_bias of token {token}", value, -math.inf, math.inf, "0 changes nothing")
+        found[token] = float(value)
+    return found
 
 
 class TokenHistory:
@@ -121,7 +193,6 @@ class TokenHistory:
     def __init__(self, ids: Tensor, mask: Tensor | None, vocab_size: int, room: int) -> None:
         batch, length = ids.shape
         self.length = length
-        self.prompt_length = length
         self.ids = torch.zeros(batch, length + room, dtype=torch.long, device=ids.device)
         self.ids[:, :length] = ids
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -134,12 +205,14 @@ class TokenHistory:
         self.counts = torch.zeros(batch, vocab_size, device=ids.device)
 
     @property
-    def new_tokens(self) -> int:
-        """Tokens generated so far (equal for all rows: they started together)."""
-        return self.length - self.prompt_length
+    def new_tokens(self) -> Tensor:
+        """(B,) tokens generated so far."""
+        return self.counts.sum(dim=1)
 
     def append(self, tokens: Tensor) -> None:
         """Add one generated token (B,) to every row."""
+        if self.length == self.ids.shape[1]:
+            self._widen(0, self.length)
         column = tokens.unsqueeze(1)
         self.ids[:, self.length] = tokens
         self.length += 1
@@ -150,6 +223,36 @@ class TokenHistory:
         """Keep (or repeat) these rows, rows (B',) of indices."""
         self.ids, self.real = self.ids[rows], self.real[rows]
         self.seen, self.counts = self.seen[rows], self.counts[rows]
+
+    def extend(self, other: TokenHistory) -> None:
+        """Take in the rows of another history behind these. All end at the present token: the shorter ones are padded on the left."""
+        length = max(self.length, other.length)
+        for history in (self, other):
+            history._widen(length - history.length, 0)
+        room = max(self.ids.shape[1], other.ids.shape[1])
+        for history in (self, other):
+            history._widen(0, room - history.ids.shape[1])
+        for name in ("ids", "real", "seen", "counts"):
+            setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
+
+    def _widen(self, left: int, right: int) -> None:
+        """More columns: padding on the left, room on the right."""
+        self.ids = F.pad(self.ids, (left, right))
+        self.real = F.pad(F.pad(self.real, (left, 0)), (0, right), value=True)
+        self.length += left
+
+
+def keep_allowed(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Forbid the tokens of logits (B, V) where allowed (B, V') is False. V' may be smaller, as a tokenizer's vocabulary may be smaller
+    than the model's: the surplus is forbidden, too."""
+    missing = logits.shape[1] - allowed.shape[1]
+    return logits.masked_fill(~F.pad(allowed.to(logits.device), (0, missing)), NEVER)
+
+
+def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Add a number to the logits (B, V) of some tokens (OpenAI's logit_bias; sequence_bias of single tokens in transformers)."""
+    index = torch.tensor(list(bias), device=logits.device)
+    return logits.index_add(1, index, torch.tensor(list(bias.values()), device=logits.device).to(logits.dtype).expand(len(logits), -1))
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -218,22 +321,36 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     return logits.masked_fill(drop, NEVER)
 
 
-def process_logits(logits: Tensor, history: TokenHistory, settings: SamplingSettings, eos_ids: Sequence[int] | None = None) -> Tensor:
+def process_logits(
+    logits: Tensor,
+    history: TokenHistory | None,
+    settings: SamplingSettings,
+    eos_ids: Sequence[int] | None = None,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """Apply all settings to the logits (B, V) of the next token; returns a new (B, V) tensor in fp32 or wider.
 
-    eos_ids: the tokens held back by min_new_tokens (default: those of the settings).
+    history may be None where `settings.looks_back` is false. eos_ids: the tokens held back by min_new_tokens (default: those of the
+    settings). allowed: what the rows' grammars permit, as `inference.grammar.allowed_tokens` gives it; nothing else is ever chosen.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if allowed is not None:
+        logits = keep_allowed(logits, allowed)
     plain = logits
-    if settings.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, history.seen, settings.repetition_penalty)
-    if settings.presence_penalty or settings.frequency_penalty:
-        logits = penalize_presence_frequency(logits, history.counts, settings.presence_penalty, settings.frequency_penalty)
-    if settings.no_repeat_ngram_size:
-        length = history.length
-        logits = ban_repeated_ngrams(logits, history.ids[:, :length], settings.no_repeat_ngram_size, history.real[:, :length])
-    if history.new_tokens < settings.min_new_tokens:
-        logits = forbid(logits, settings.eos_ids if eos_ids is None else eos_ids)
+    if settings.logit_bias:
+        logits = add_bias(logits, settings.logit_bias)
+    if settings.looks_back:
+        assert history is not None
+        if settings.repetition_penalty != 1.0:
+            logits = penalize_repetition(logits, history.seen, settings.repetition_penalty)
+        if settings.presence_penalty or settings.frequency_penalty:
+            logits = penalize_presence_frequency(logits, history.counts, settings.presence_penalty, settings.frequency_penalty)
+        if settings.no_repeat_ngram_size:
+            length = history.length
+            logits = ban_repeated_ngrams(logits, history.ids[:, :length], settings.no_repeat_ngram_size, history.real[:, :length])
+        if settings.min_new_tokens:
+            early = (history.new_tokens < settings.min_new_tokens).unsqueeze(1)
+            logits = torch.where(early, forbid(logits, settings.eos_ids if eos_ids is None else eos_ids), logits)
     if logits is not plain and (settings.no_repeat_ngram_size or settings.min_new_tokens):
         # A small vocabulary can run out of permitted tokens: going on unfiltered beats sampling from nothing.
         exhausted = (logits == NEVER).all(dim=-1, keepdim=True)
@@ -282,3 +399,9 @@ def chosen_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities (B,) of tokens (B,) under unmodified logits (B, V), computed in fp32."""
     logprobs = logits.float().log_softmax(dim=-1)
     return logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def top_logprobs(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` likeliest tokens of each row of unmodified logits (B, V) with their log-probabilities, likeliest first."""
+    values, tokens = logits.float().log_softmax(dim=-1).topk(min(count, logits.shape[1]))
+    return [list(zip(row, found, strict=True)) for row, found in zip(tokens.tolist(), values.tolist(), strict=True)]

@@ -133,3 +133,9 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def visible_length(text: str, mark: str, ended: bool) -> int:
+    """How much of a growing text may be shown when nothing from `mark` on may: all that cannot be its beginning."""
+    at = text.find(mark)
+    return at if at >= 0 else len(text) - (0 if ended else _overlap(text, mark))

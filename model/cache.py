@@ -6,6 +6,8 @@ once, so their memory does not grow with the text. Shapes: B batch, K key/value 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,29 @@ from model.account import PREFILL_BLOCK
 from model.config import HaoAIConfig
 
 
+class CacheSetting(NamedTuple):
+    """What keys and values depend on besides tokens and weights."""
+
+    reasoning: tuple[int, float] | None = None
+    """Steps and halting threshold of the reasoning head, if any."""
+    adapter: object | None = None
+    """The LoRA adapter in use."""
+
+    def same(self, other: CacheSetting) -> bool:
+        return self.reasoning == other.reasoning and self.adapter is other.adapter
+
+
 class LayerCache:
-    """Keys and values (B, K, size, D) of one layer; the newest `filled` tokens lie at the front of the buffer in order."""
+    """Keys and values of one layer in buffers (rows, K, size, D); the newest `filled` tokens of a row lie at the front in order.
+
+    Rows from `rows` on are spare. What lies outside of a layer's window, or before a row's first token, is never looked at, but is
+    finite: a weight of zero times NaN would still be NaN.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], window: int | None, device: torch.device | str | None, dtype: torch.dtype):
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = shape[0]
         self.window = window
         self.filled = 0
 
@@ -26,34 +45,63 @@ class LayerCache:
     def size(self) -> int:
         return self.keys.shape[2]
 
+    def resize(self, rows: int, size: int) -> None:
+        """Move to buffers that are at least this large."""
+        old_rows, heads, old_size, width = self.keys.shape
+        if rows <= old_rows and size <= old_size:
+            return
+        shape = (max(rows, old_rows), heads, max(size, old_size), width)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = torch.zeros(shape, device=old.device, dtype=old.dtype)
+            new[: self.rows, :, : self.filled] = old[: self.rows, :, : self.filled]
+            setattr(self, name, new)
+
+    def hold(self, count: int) -> None:
+        """Hold `count` tokens of each row: the newest ones, with something finite before them when there are fewer."""
+        kept = min(self.filled, count)
+        if count != self.filled and kept:
+            for buffer in (self.keys, self.values):
+                buffer[: self.rows, :, count - kept : count] = buffer[: self.rows, :, self.filled - kept : self.filled].clone()
+        self.filled = count
+
     def make_room(self, count: int) -> None:
         """Windowed layers: slide the last window - 1 tokens to the front when `count` more do not fit."""
-        if self.window is None or self.filled + count <= self.size:
-            return
-        keep = min(self.filled, self.window - 1)
-        start = self.filled - keep
-        for buffer in (self.keys, self.values):
-            buffer[:, :, :keep] = buffer[:, :, start : self.filled].clone()
-        self.filled = keep
+        if self.window is not None and self.filled + count > self.size:
+            self.hold(min(self.filled, self.window - 1))
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) and return views of all that is held, (B, K, filled + T, D)."""
         end = self.filled + keys.shape[2]
         assert end <= self.size, "KVCache.prepare was not called for this block"
-        self.keys[:, :, self.filled : end] = keys
-        self.values[:, :, self.filled : end] = values
+        self.keys[: self.rows, :, self.filled : end] = keys
+        self.values[: self.rows, :, self.filled : end] = values
         self.filled = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys[: self.rows, :, :end], self.values[: self.rows, :, :end]
+
+    def put(self, row: int, other: LayerCache, source: int, end: int, count: int) -> None:
+        """Let `row` end with the `count` tokens before slot `end` of a row of another layer, or with as many as that one still has."""
+        count = min(count, end)
+        if self.window is not None:
+            count = min(count, max(self.filled, self.window - 1))
+        if count > self.filled:
+            self.hold(count)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[row, :, : self.filled - count] = 0
+            mine[row, :, self.filled - count : self.filled] = theirs[source, :, end - count : end]
 
 
 class KVCache:
-    """The cache of a whole model. `length` counts the tokens fed so far, padding included.
+    """The cache of a whole model. `length` counts the columns fed so far, padding included.
 
     batch_size rows of at most `capacity` tokens; `block` is the longest piece that will be fed at once (longer pieces are still
-    accepted: the model splits them). A left-padded batch passes its attention mask with the first call; the cache remembers it.
+    accepted: the model splits them). All rows end at the same column; `padding` says where each begins. A left-padded batch passes its
+    attention mask with the first call; the cache remembers it.
 
-    A reasoning head has a layer of its own for the trunk's states and one for each of its steps. What they hold depends on the
-    number of steps and on when tokens halt, so a cache with tokens belongs to one such setting; an empty one adapts.
+    Rows may join (`put`), leave (`drop`) and be copied into another cache at any time; `reserve` makes the buffers larger.
+
+    A reasoning head has a layer of its own for the trunk's states and one for each of its steps. What the layers hold depends on the
+    `setting` of the model, so a cache with tokens belongs to one setting; an empty one adapts.
     """
 
     def __init__(
@@ -67,22 +115,30 @@ class KVCache:
     ) -> None:
         if capacity < 1 or batch_size < 1:
             raise ValueError(f"a KVCache needs batch_size >= 1 and capacity >= 1, not {batch_size} and {capacity}")
+        self.config = config
         self.capacity = capacity
-        self.block = min(block, capacity)
+        self._longest_block = block
         self.length = 0
-        self.padding: Tensor | None = None  # (B,) number of padding tokens at the left of each row
+        self.padding: Tensor | None = None  # (B,) number of padding tokens at the left of each row; None: none at all
         self.layers = []
         for index in range(config.n_layer):
             window = config.layer_window(index)
-            size = capacity if window is None else min(capacity, window - 1 + self.block)
-            shape = (batch_size, config.kv_heads, size, config.head_size)
-            self.layers.append(LayerCache(shape, window if size < capacity else None, device, dtype))
+            shape = (batch_size, config.kv_heads, self._size(window, capacity), config.head_size)
+            self.layers.append(LayerCache(shape, window, device, dtype))
         self.reasoning: list[LayerCache] = []
-        self.reasoning_setting: tuple[int, float] | None = None
-        """Steps and halting threshold of the model whose tokens are held."""
+        self.setting = CacheSetting()
+        """Of the model whose tokens are held."""
         if config.use_reasoning:
             shape = (batch_size, config.reasoning_shape.kv_heads, capacity, config.head_size)
             self.reasoning = [LayerCache(shape, None, device, dtype) for _ in range(1 + config.reasoning_steps)]
+
+    def _size(self, window: int | None, capacity: int) -> int:
+        """Slots of a layer in a cache of `capacity` columns."""
+        return capacity if window is None else min(capacity, window - 1 + min(self._longest_block, capacity))
+
+    @property
+    def block(self) -> int:
+        return min(self._longest_block, self.capacity)
 
     @property
     def all_layers(self) -> list[LayerCache]:
@@ -90,37 +146,58 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
+        """Rows in use."""
+        return self.layers[0].rows
+
+    @property
+    def row_room(self) -> int:
+        """Rows that the buffers hold, spare ones included."""
         return self.layers[0].keys.shape[0]
+
+    @property
+    def starts(self) -> Tensor:
+        """(B,) first column of each row."""
+        none = torch.zeros(self.batch_size, dtype=torch.long, device=self.layers[0].keys.device)
+        return none if self.padding is None else self.padding
 
     @property
     def nbytes(self) -> int:
         return sum(2 * layer.keys.nbytes for layer in self.all_layers)
 
-    def prepare(self, count: int, reasoning: tuple[int, float] | None = None) -> None:
-        """Make room for the next `count` tokens of a model with this `reasoning_setting`.
+    def prepare(self, count: int, setting: CacheSetting) -> None:
+        """Make room for the next `count` tokens of a model with this setting.
 
         Raises ValueError when the context is full, or when the tokens that are held were computed with another setting.
         """
-        if self.length and reasoning != self.reasoning_setting:
-            raise ValueError(
-                f"the cache holds {self.length} tokens computed with (reasoning_steps, reasoning_halt) = {self.reasoning_setting}, "
-                f"the model is now set to {reasoning}: feed them again into a new KVCache"
-            )
+        self.check_setting(setting)
         if self.length + count > self.capacity:
             raise ValueError(f"the context is full: {self.length} tokens are cached, {count} more exceed the capacity of {self.capacity}")
-        assert count <= self.block or all(layer.window is None for layer in self.layers)
-        self._adapt(reasoning)
+        assert count <= self.block or all(layer.window is None for layer in self.layers), "the model splits longer pieces"
+        self._adapt(setting)
         for layer in self.layers:
             layer.make_room(count)
 
-    def _adapt(self, reasoning: tuple[int, float] | None) -> None:
+    def check_setting(self, setting: CacheSetting) -> None:
+        """Raise ValueError when tokens computed with this setting cannot follow or join those that are held."""
+        if self.length == 0 or setting.same(self.setting):
+            return
+        if setting.reasoning != self.setting.reasoning:
+            change = f"(reasoning_steps, reasoning_halt) = {self.setting.reasoning}, now it is {setting.reasoning}"
+        else:
+            change = "another LoRA adapter than is in use now"
+        raise ValueError(f"the cache holds {self.length} tokens computed with {change}: feed them again into a new KVCache")
+
+    def _adapt(self, setting: CacheSetting) -> None:
         """Give an empty cache as many layers as the reasoning head has steps now."""
-        self.reasoning_setting = reasoning
+        self.setting = setting
+        reasoning = setting.reasoning
         if reasoning is not None and len(self.reasoning) != 1 + reasoning[0]:
             assert self.reasoning, "the cache was made for a config without a reasoning head"
             like = self.reasoning[0].keys
             shape = (like.shape[0], like.shape[1], like.shape[2], like.shape[3])
             self.reasoning = [LayerCache(shape, None, like.device, like.dtype) for _ in range(1 + reasoning[0])]
+            for layer in self.reasoning:
+                layer.rows = self.batch_size
 
     def key_positions(self, layer: int, count: int) -> Tensor:
         """Row slots (S,) of the keys that layer `layer` will hold once `count` more tokens are appended."""
@@ -147,7 +224,85 @@ class KVCache:
 
     def reorder(self, index: Tensor) -> None:
         """Keep rows `index` (N,) in that order; rows may repeat (several samples of one prompt) or be left out (finished rows)."""
+        count = len(index)
         for layer in self.all_layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+            layer.resize(count, layer.size)
+            for buffer in (layer.keys, layer.values):
+                buffer[:count, :, : layer.filled] = buffer[index, :, : layer.filled]
+            layer.rows = count
         if self.padding is not None:
             self.padding = self.padding[index]
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make the buffers hold this many rows and columns; what grows at least doubles. When memory runs out, nothing is lost."""
+        room = self.row_room
+        rows = room if rows <= room else max(rows, 2 * room)
+        columns = self.capacity if columns <= self.capacity else max(columns, 2 * self.capacity)
+        for layer in self.all_layers:
+            layer.resize(rows, self._size(layer.window, columns))
+        self.capacity = columns
+
+    def put(self, row: int, other: KVCache, source: int = 0, count: int | None = None) -> None:
+        """Let `row` hold the first `count` tokens (None: all) of row `source` of another cache of the same model, ending at the present
+        column; row == batch_size adds a row. ValueError when the two were computed with different settings.
+
+        Of a row with windowed layers only beginnings that `has_prefix` confirms may be put.
+        """
+        self.check_setting(other.setting)
+        self._adapt(other.setting)
+        start = int(other.starts[source])
+        end = other.length if count is None else start + count
+        count = end - start
+        length = max(self.length, count)
+        self.reserve(row + 1, length)
+        self._move(length)
+        starts = torch.cat((self.starts, self.starts.new_zeros(max(0, row + 1 - self.batch_size))))
+        starts[row] = length - count
+        for mine, theirs in zip(self.all_layers, other.all_layers, strict=True):
+            mine.rows = len(starts)
+            mine.put(row, theirs, source, end - (other.length - theirs.filled), count)
+        self.begin_at(starts)
+
+    def has_prefix(self, row: int, count: int) -> bool:
+        """Whether the first `count` tokens of a row can be put elsewhere: a windowed layer may have forgotten what they need."""
+        start = int(self.starts[row])
+        return all(
+            layer.window is None or self.length - layer.filled <= start + max(0, count - (layer.window - 1)) for layer in self.all_layers
+        )
+
+    def copied(self, row: int) -> KVCache:
+        """A cache of its own with the tokens of one row."""
+        keys = self.layers[0].keys
+        copy = KVCache(self.config, 1, max(1, self.length - int(self.starts[row])), keys.device, keys.dtype, self._longest_block)
+        copy.put(0, self, row)
+        return copy
+
+    def drop(self, row: int) -> None:
+        """Forget a row; the last row takes its place. Columns that no row needs any more are given up once they are a quarter."""
+        last = self.batch_size - 1
+        starts = self.starts.clone()
+        starts[row] = starts[last]
+        for layer in self.all_layers:
+            if row != last:
+                for buffer in (layer.keys, layer.values):
+                    buffer[row, :, : layer.filled] = buffer[last, :, : layer.filled]
+            layer.rows = last
+        self.begin_at(starts[:last])
+        spare = self.length if not last else 0 if self.padding is None else int(self.padding.min())
+        if 4 * spare >= self.length:
+            self._move(self.length - spare)
+
+    def _move(self, length: int) -> None:
+        """Let all rows end at column `length` from now on."""
+        if length == self.length:
+            return
+        for layer in self.all_layers:
+            layer.hold(length if layer.window is None else min(layer.filled, length))
+        starts = self.starts + (length - self.length)
+        self.length = length
+        self.begin_at(starts)
+
+    def begin_at(self, starts: Tensor) -> None:
+        """Set the first column of every row, starts (B,): what lies before is padding."""
+        # Without padding the model needs no mask, hence runs faster kernels.
+        self.padding = starts if bool(starts.any()) else None

@@ -1,6 +1,11 @@
-"""Where a model runs: the one decision about devices."""
+"""Where a model runs: the one decision about devices, and how much memory there is."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -18,3 +23,28 @@ def find_device(wanted: str | torch.device | None = None) -> torch.device:
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise ValueError(f"device {str(wanted)!r} cannot be used here ({reason}); try cpu") from error
     return device
+
+
+def total_memory() -> int | None:
+    """Bytes this process may use at most: the machine's, or its container's limit; None when the system does not tell."""
+    limits = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(file).read_text(encoding="utf-8")))
+    if platform.system() == "Windows":
+        limits.append(_windows_memory())
+    return min(limits) if limits else None
+
+
+def _windows_memory() -> int:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong), *[(name, ctypes.c_ulonglong) for name in "abcdefg"]]
+
+    status = Status()
+    status.length = ctypes.sizeof(Status)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(status.a)

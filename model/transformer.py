@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.attention import RMSNorm, RotaryEmbedding, SmartAttention, TokenContext, attention_mask
-from model.cache import KVCache, LayerCache
+from model.cache import CacheSetting, KVCache, LayerCache
 from model.config import HaoAIConfig
 from model.cross_entropy import IGNORE, capped, compute_dtype, labelled, linear_cross_entropy, linear_log_probs
 from model.feedforward import MixtureOfExperts, Routing, SmartFeedForward, balance_loss, z_loss
@@ -132,8 +132,13 @@ class SmartHaoAI(nn.Module):
 
     @property
     def reasoning_setting(self) -> tuple[int, float] | None:
-        """What the entries of a KVCache depend on besides the weights: steps and halting threshold of the reasoning head, if any."""
+        """Steps and halting threshold of the reasoning head, if any."""
         return None if self.reasoning is None else (self.reasoning_steps, 0.0 if self.training else float(self.reasoning_halt))
+
+    @property
+    def cache_setting(self) -> CacheSetting:
+        """What the entries of a KVCache depend on besides tokens and weights."""
+        return CacheSetting(self.reasoning_setting, self.adapter)
 
     @property
     def head_weight(self) -> Tensor:
@@ -276,7 +281,7 @@ class SmartHaoAI(nn.Module):
                 raise ValueError("segment_ids (packed documents) cannot be used together with a cache")
             if padding_mask is not None and cache.length == 0:
                 cache.padding = _left_padding(padding_mask)
-            cache.prepare(T, self.reasoning_setting)
+            cache.prepare(T, self.cache_setting)
             start = cache.length
         slots = torch.arange(start, start + T, device=device)
         if position_ids is None:
@@ -362,6 +367,16 @@ class SmartHaoAI(nn.Module):
         from inference.engine import generate_ids
 
         return generate_ids(self, input_ids, attention_mask=attention_mask, **settings)
+
+    def generate_with_reasoning(self, messages: str | Sequence[dict[str, Any]], tokenizer: BPETokenizer, **options: Any) -> Any:
+        """Answer a conversation (or one question) with thinking: a ReasoningResult with .thinking .answer .confidence .votes.
+
+        options: samples=5 for a vote, thinking, budget, calculator, settings, tools; see `inference.reasoning.generate_with_reasoning`.
+        """
+        from inference.engine import Engine
+        from inference.reasoning import generate_with_reasoning
+
+        return generate_with_reasoning(Engine(self, tokenizer), messages, **options)
 
     def save_pretrained(self, path: str | Path, tokenizer: BPETokenizer | None = None) -> None:
         """Write the model (and tokenizer) as a transformers directory."""

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 import chat
 from inference import ChatSession, SamplingSettings
 from inference.chat_texts import TEXTS
-from inference.terminal import CONTROL_CHARACTERS
+from inference.terminal import CONTROL_CHARACTERS, AnswerView
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +70,27 @@ def test_piped_answers_alone_reach_standard_output(folder):
     assert without_end.stdout.decode() == out[:half] and without_end.returncode == 0
 
 
+def test_json_is_one_object_a_line(folder):
+    """Guards: notes, thinking or command output between the objects; a question without its object, so that lines no longer match."""
+    words = ("--json", "--max-new-tokens", "5", "--temperature", "0", "--model", "weight/sft", "--lang", "en")
+    done = piped(folder, "你好\n/help\nHello\n/nothing\n", *words)
+    answers = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [sorted(answer) for answer in answers[:2]] == [["answer", "finish_reason", "seconds", "thinking", "usage"]] * 2
+    assert answers[0]["usage"]["completion_tokens"] == 5 and answers[1]["usage"]["reused_tokens"] > 0 and "/nothing" in answers[2]["error"]
+    assert done.returncode == 1 and "Ctrl-D" in done.stderr.decode() and len(answers) == 3
+    once = piped(folder, "", *words, "--prompt", "/quit 你好")
+    assert once.returncode == 0 and json.loads(once.stdout)["finish_reason"] == "length"
+
+
+def test_one_question_of_many_lines(folder):
+    """Guards: a prompt that is read as commands, or cut at its first line."""
+    words = ("--json", "--max-new-tokens", "1", "--model", "weight/sft")
+    whole, block = (piped(folder, text, *words, *more) for text, more in (("a\n/quit\n", ("--prompt", "-")), ('"""a\n/quit"""\n', ())))
+    lengths = [json.loads(done.stdout)["usage"]["prompt_tokens"] for done in (whole, block)]
+    tokenizer = BPETokenizer.from_pretrained(folder / "weight" / "sft")
+    assert lengths == [len(tokenizer.render([{"role": "user", "content": "a\n/quit"}], add_generation_prompt=True).ids)] * 2
+
+
 def test_piped_mistakes_are_told_and_end_with_status_1(folder):
     done = piped(folder, "/quti\n/load missing.json\n/thinking maybe\n", "--lang", "zh", "--model", "weight/sft")
     notes = done.stderr.decode()
@@ -95,7 +114,7 @@ def obey(model, tokenizer, language, *lines):
     session = ChatSession(model, tokenizer, settings=SamplingSettings(temperature=0, max_new_tokens=4))
     left = iter([*lines, "/quit"])
     console = chat.Console(language, interactive=False)
-    return chat.Repl(session, console, streaming=True, show_thinking=False).run(lambda prompt: next(left))
+    return chat.Repl(session, console, streaming=True, show_thinking=False).run(lambda prompt, default="": next(left))
 
 
 def test_steps_are_shown_set_and_refused(folder, capsys):
@@ -122,8 +141,8 @@ def test_the_mean_number_of_steps_is_shown_in_a_terminal(folder, capsys):
     session.settings = SamplingSettings(temperature=0, max_new_tokens=4)
     for interactive, halt, shown in ((True, 1e-9, True), (True, 0.0, False), (False, 1e-9, False)):
         session.model.reasoning_halt = halt
-        chat.Repl(session, chat.Console("en", interactive), streaming=True, show_thinking=False)._answer("hello")
-        assert ("a mean of 1.0 reasoning steps a token, at most 4" in "".join(capsys.readouterr())) == shown
+        chat.Repl(session, chat.Console("en", interactive), streaming=True, show_thinking=False).ask("hello")
+        assert ("a mean of 1.0 reasoning steps a token" in "".join(capsys.readouterr())) == shown
 
 
 def test_options_for_steps_reach_the_model(folder, tmp_path):
@@ -191,93 +210,17 @@ def test_model_output_cannot_command_the_terminal():
     assert CONTROL_CHARACTERS.sub("", "a\x1b]0;title\x07b\r\n\tc") == "a]0;titleb\n\tc"
 
 
-@pytest.fixture
-def terminal(folder):
-    """Starts chat.py in a pseudo-terminal and waits for its prompt."""
-    pexpect = pytest.importorskip("pexpect", reason="pexpect is not installed: the terminal is not tested")
-    if sys.platform == "win32":
-        pytest.skip("pexpect.spawn needs a Unix terminal")
-    children = []
-
-    def start(*arguments, **changes):
-        child = pexpect.spawn(
-            sys.executable,
-            [str(ROOT / "chat.py"), "--lang", "en", *arguments],
-            cwd=str(folder),
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=60,
-            env=environment(folder, **changes),
-            dimensions=(30, 120),
-            # A job that a shell runs in the background ignores Ctrl-C, and so would all that it starts.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        children.append(child)
-        child.expect("/help lists the commands")
-        child.expect("You>")
-        return child
-
-    yield start
-    for child in children:
-        child.close(force=True)
-
-
-def test_terminal_commands_history_and_end(terminal, folder):
-    child = terminal("--max-new-tokens", "4")
-    child.send("/system Be kind.\r")
-    child.expect("system text is set")
-    child.send("stream\r")
-    child.expect("streaming: off")
-    child.send("help\r")
-    child.expect("Ctrl-D quits")
-    child.send("你好\x1b\r世界\r")  # Alt-Enter makes a second line
-    child.expect("cut off at the length limit")
-    child.send("/save said.json\r")
-    child.expect("saved 3 messages")
-    child.send("\x1b[A")  # the arrow up brings the last line back
-    child.expect("/save said.json")
-    child.send("\r")
-    child.expect("saved 3 messages")
-    child.send("\x04")
-    child.expect("Goodbye")
-    child.wait()
-    assert child.exitstatus == 0
-    said = json.loads((folder / "said.json").read_text(encoding="utf-8"))["messages"]
-    assert said[1]["content"] == "你好\n世界"
-
-
-def test_ctrl_c_stops_the_answer_and_twice_quits(terminal):
-    """The first Ctrl-C must leave a usable session, the second one leave."""
-    child = terminal("--max-new-tokens", "8000", "--temperature", "0")  # greedy: goes round in circles, endlessly
-    child.send("tell me a very long story\r")
-    child.expect("very long story")
-    child.expect(r"(?s)\?2004l.{200}")  # behind the prompt's end: the answer is on its way, and a Ctrl-C is a signal again
-    child.sendintr()
-    child.expect("stopped; press Ctrl-C again")
-    child.send("/thinking off\r")
-    child.expect("thinking: off")
-    child.expect("You>")
-    time.sleep(0.5)
-    child.sendintr()
-    child.expect("press Ctrl-C again")
-    child.expect("You>")
-    time.sleep(0.5)  # a key pressed while the prompt is being set up is lost, here as for a person
-    child.sendintr()
-    child.expect("Goodbye")
-    child.wait()
-    assert child.exitstatus == 0
-
-
 def test_thinking_is_folded_in_the_terminal_and_absent_in_a_pipe(capsys):
     console = chat.Console("en", interactive=True)
     console.styled = True
-    view = chat.AnswerView(console, show_thinking=False)
+    view = AnswerView(console, show_thinking=False)
     for channel, words in [("reasoning", "abc"), ("reasoning", "de"), ("answer", "yes")]:
         view.show(channel, words)
+    view.finish()
     shown = capsys.readouterr().out
-    assert "abc" not in shown and "thought for 5 characters" in shown and shown.endswith("\nyes")
-    view = chat.AnswerView(chat.Console("en", interactive=False), show_thinking=True)
-    for channel, words in [("reasoning", "abc"), ("answer", "yes")]:
+    assert "abc" not in shown and "thought for 5 characters" in shown and shown.endswith("\nyes\n")
+    view = AnswerView(chat.Console("en", interactive=False), show_thinking=True)
+    for channel, words in [("reasoning", "abc"), ("tool", "clock() → now"), ("answer", "yes")]:
         view.show(channel, words)
     assert capsys.readouterr().out == "yes"
 
@@ -297,13 +240,13 @@ def test_adapters_are_switched_by_name(folder, tmp_path, monkeypatch, capsys):
         for _, _, pair in adapter.pairs(model):
             pair.B.normal_()
     save_adapter(model, "weight/lora")
-    assert chat.newest_stage() == Path("weight/lora")
+    assert chat.newest_stage(Path("weight")) == Path("weight/lora")
     session = ChatSession.from_pretrained("weight/sft", device="cpu", temperature=0, max_new_tokens=12)
     repl = chat.Repl(session, chat.Console("en", interactive=False), streaming=False, show_thinking=False)
 
     def said(*lines):
         left = iter([*lines, "/quit"])
-        status = repl.run(lambda _: next(left))
+        status = repl.run(lambda prompt, default="": next(left))
         return (status, *capsys.readouterr())
 
     own, other = said("你好", "/clear"), said("/adapter lora", "你好", "/clear")

@@ -29,6 +29,7 @@ GUIDES = (
     "docs/data",
     "docs/training",
     "docs/chat",
+    "docs/memory",
     "docs/model",
     "docs/names",
     "docs/checkpoints",
@@ -68,6 +69,7 @@ FASTER = {
     "train_rlhf.py": SMALL_ROLLOUTS,
     "tools.make_reasoning": ["--rows", "60", "--test-rows", "12"],
     "tools.reasoning_report": ["--limit", "2", "--device", "cpu"],
+    "tools.reasoning_modes": ["--limit", "1", "--max-new-tokens", "60", "--device", "cpu"],
     "tools.alignment_report": ["--probes", "1", "--device", "cpu"],
     "tools.make_preferences": ["--limit", "24", "--temperature", "1.5", "--device", "cpu"],
     "tools.loss_parity": ["--trials", "1"],
@@ -320,7 +322,8 @@ def test_the_alignment_guide_runs_by_itself(tmp_path: Path) -> None:
     SmartHaoAI(HaoAIConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(checkout / "weight" / "sft", tokenizer)
     for guide in ALONE:
         run_guide(guide, checkout)
-    for name in "lora_mine reward_mine rlhf/ppo dpo_mine kto_mine reasoning_mine reasoning_report grpo_mine distill_mine".split():
+    made = "lora_mine reward_mine rlhf/ppo dpo_mine kto_mine reasoning_mine reasoning_report reasoning_modes grpo_mine distill_mine"
+    for name in made.split():
         assert (checkout / "weight" / name).is_dir()
 
 

@@ -2,10 +2,10 @@
 
     python -m tools.reasoning_report DIR [DIR ...] --tasks TASKS_DIR [--steps 1 2 4 8] [--halt 0.9] [--out FOLDER]
 
-TASKS_DIR is what `python -m tools.make_reasoning` wrote; each DIR a model that was trained on its train.jsonl. Models with a reasoning
-head are measured at each number of latent steps, and with halting; the others once. A DIR called seed_N is one of several runs of the
-folder it lies in, which get a table over seeds. Writes report.md, report.json, accuracy.png, and where a model has a reasoning head
-calibration.png and path.png.
+TASKS_DIR is what `python -m tools.make_reasoning` wrote; each DIR a model that was trained on its train.jsonl, whose most frequent
+answers are what guessing is measured by. Models with a reasoning head are measured at each number of latent steps, and with halting;
+the others once. A DIR called seed_N is one of several runs of the folder it lies in, which get a table over seeds. Writes report.md,
+report.json, accuracy.png, and where a model has a reasoning head calibration.png and path.png.
 
 An answer is right when greedy decoding, with thinking closed, gives it exactly and ends there. --generate also decodes freely: then a
 model that has learned to may think first.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,20 @@ Row = dict[str, Any]
 
 
 def read_tasks(folder: Path, limit: int | None = None) -> dict[str, list[Row]]:
-    """The rows of each test file, the first `limit` of them. Raises FileNotFoundError for a folder without one, ValueError for rows
-    that are no tasks."""
-    tasks: dict[str, list[Row]] = {}
-    for split in TEST_SPLITS:
-        file = folder / f"{split}.jsonl"
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no {file}; write the tasks first: `python -m tools.make_reasoning {folder}`")
-        tasks[split] = read_jsonl(file)[:limit]
-        wrong = next((n for n, row in enumerate(tasks[split], 1) if {"messages", "answer", "kind", "steps", "lang"} - set(row)), None)
-        if wrong or not tasks[split]:
-            raise ValueError(
-                f"{file}:{wrong or 1} is no reasoning task; write the file again with `python -m tools.make_reasoning {folder}`"
-            )
-    return tasks
+    """The rows of each test file, the first `limit` of them. Raises as `read_split`."""
+    return {split: read_split(folder, split)[:limit] for split in TEST_SPLITS}
+
+
+def read_split(folder: Path, split: str) -> list[Row]:
+    """The rows of one file. Raises FileNotFoundError for a folder without it, ValueError for rows that are no tasks."""
+    file = folder / f"{split}.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}; write the tasks first: `python -m tools.make_reasoning {folder}`")
+    rows = read_jsonl(file)
+    wrong = next((n for n, row in enumerate(rows, 1) if {"messages", "answer", "kind", "steps", "lang"} - set(row)), None)
+    if wrong or not rows:
+        raise ValueError(f"{file}:{wrong or 1} is no reasoning task; write the file again with `python -m tools.make_reasoning {folder}`")
+    return rows
 
 
 def model_names(folders: Sequence[str]) -> list[tuple[str, str]]:
@@ -171,11 +171,16 @@ def find_path(model: SmartHaoAI, tokenizer: BPETokenizer, rows: Sequence[Row]) -
 
 
 def write_report(
-    out: Path, entries: list[Entry], models: dict[str, tuple[SmartHaoAI, BPETokenizer]], tasks: dict[str, list[Row]], machine: str
+    out: Path,
+    entries: list[Entry],
+    models: dict[str, tuple[SmartHaoAI, BPETokenizer]],
+    tasks: dict[str, list[Row]],
+    frequent: Mapping[tuple[str, str], str],
+    machine: str,
 ) -> str:
-    """Write the files of the report into `out`; returns the Markdown."""
+    """Write the files of the report into `out`; returns the Markdown. frequent: as in `measure.guessing`."""
     out.mkdir(parents=True, exist_ok=True)
-    guesses = {split: measure.share(measure.guessing(rows))["rate"] for split, rows in tasks.items()}
+    guesses = {split: measure.share(measure.guessing(rows, frequent))["rate"] for split, rows in tasks.items()}
     plots.draw_accuracy({split: _curves(entries, split) for split in tasks}, guesses, out / "accuracy.png")
     drawn = ["accuracy.png"]
     paths: list[tuple[str, measure.Path]] = []
@@ -186,7 +191,7 @@ def write_report(
         name, path = max(paths, key=lambda pair: len(pair[1].predicted))
         plots.draw_path(path, f"{name}: what it would answer after each latent step", out / "path.png")
         drawn += ["calibration.png", "path.png"]
-    text = markdown(entries, tasks, paths, machine, drawn)
+    text = markdown(entries, tasks, frequent, paths, machine, drawn)
     atomic_write_text(out / "report.md", text)
     cells = []
     for entry in entries:
@@ -230,8 +235,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit {args.limit} must be at least 1")
     tasks = read_tasks(Path(args.tasks), args.limit)
+    frequent = measure.most_frequent(read_split(Path(args.tasks), "train"))
     entries, models = measure_models(args.models, tasks, args.steps, args.halt, args.device, args.generate)
-    print(write_report(Path(args.out), entries, models, tasks, describe_machine(device_name(args.device))))
+    print(write_report(Path(args.out), entries, models, tasks, frequent, describe_machine(device_name(args.device))))
     print(f"{args.out}: report.md, report.json, plots")
 
 

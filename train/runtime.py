@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from model.device import find_device
+from model.device import find_device, total_memory
 from train.config import OptimizationConfig, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,31 +76,6 @@ def describe_machine(device: str) -> str:
         f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads "
         f"({torch.backends.cpu.get_cpu_capability()}), {memory}torch {torch.__version__}"
     )
-
-
-def total_memory() -> int | None:
-    """Bytes this process may use at most: the machine's, or its container's limit; None when the system does not tell."""
-    limits = []
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(Path(file).read_text(encoding="utf-8")))
-    if platform.system() == "Windows":
-        limits.append(_windows_memory())
-    return min(limits) if limits else None
-
-
-def _windows_memory() -> int:
-    import ctypes
-
-    class Status(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong), *[(name, ctypes.c_ulonglong) for name in "abcdefg"]]
-
-    status = Status()
-    status.length = ctypes.sizeof(Status)
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
-    return int(status.a)
 
 
 def peak_memory_mb(device: str) -> float | None:
@@ -170,13 +145,13 @@ def choose_precision(settings: OptimizationConfig, device: str, step: Callable[[
     return chosen
 
 
-def timed(work: Callable[[], Any], device: str) -> float:
+def timed(work: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, the device's queue included."""
-    start = time.perf_counter()
+    start = clock()
     work()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class StopRequest:

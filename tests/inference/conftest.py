@@ -1,5 +1,7 @@
 """A tokenizer and random models small enough to build for every test run."""
 
+import os
+
 import pytest
 import torch
 
@@ -44,3 +46,14 @@ def make_model():
 @pytest.fixture(scope="session")
 def model(tokenizer):
     return _make_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def imported_pair():
+    """The model in the folder PARITY_MODEL, such as one from the hub, and the same in transformers."""
+    from generate_helpers import read_by_transformers
+
+    folder = os.environ.get("PARITY_MODEL")
+    if folder is None:
+        pytest.skip("set PARITY_MODEL to the folder of a model")
+    return SmartHaoAI.from_pretrained(folder).eval(), read_by_transformers(folder)

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+from inference.batching import Batcher
 from inference.engine import Engine, PromptCache
 from inference.sampling import SamplingSettings
 
@@ -102,10 +104,30 @@ def test_full_context_ends_the_reply_and_does_not_crash(make_model):
         engine.stream([3] * 17, GREEDY)
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "empty"), ([97], "vocabulary"), ([-1], "vocabulary")])
+NO_IDS = r"a list of token ids, such as tokenizer\.encode"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "empty"), ([97], "vocabulary"), ([-1], "vocabulary"), ("Hello", NO_IDS), (5, NO_IDS), ([1.0], NO_IDS), (None, NO_IDS)],
+)
 def test_unusable_prompts_are_explained(prompt, message, make_model):
-    with pytest.raises(ValueError, match=message):
-        Engine(make_model()).generate([prompt], GREEDY)
+    engine = Engine(make_model())
+    for settings in (GREEDY, dataclasses.replace(GREEDY, num_beams=2)):
+        with pytest.raises(ValueError, match=message):
+            engine.generate([prompt], settings)
+    for ask in (engine.stream, Batcher(engine).submit):
+        with pytest.raises(ValueError, match=message):
+            ask(prompt, GREEDY)
+
+
+def test_prompts_may_be_arrays(make_model):
+    """Guards: tensors whose equal prompts count as different ones, or that fail far from their cause."""
+    engine = Engine(make_model())
+    sampled = SamplingSettings(temperature=1.5, top_k=0, max_new_tokens=8, eos_token_id=[], seed=3)
+    expected = [row[0].ids for row in engine.generate([[5, 6, 7], [5, 6, 7]], sampled)]
+    assert [row[0].ids for row in engine.generate(torch.tensor([[5, 6, 7]] * 2), sampled)] == expected
+    assert engine.generate([np.array([5, 6, 7])], sampled)[0][0].ids == expected[0] != expected[1]
 
 
 def test_damaged_weights_are_explained(make_model):
@@ -182,8 +204,8 @@ def test_generate_explains_what_it_cannot_do(make_model):
     model, ids = make_model(), torch.tensor([[1, 2, 3]])
     with pytest.raises(TypeError, match=r"do_sample.*max_new_tokens.*temperature=0 is greedy"):
         model.generate(ids, do_sample=False)
-    with pytest.raises(ValueError, match="beam search is not available yet"):
-        model.generate(ids, num_beams=4)
+    with pytest.raises(ValueError, match="length_penalty"):
+        model.generate(ids, length_penalty=2.0)
     with pytest.raises(ValueError, match="pad on the left"):
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 0]]))
     with pytest.raises(ValueError, match="batch, time"):
@@ -218,6 +240,69 @@ def test_same_seed_same_tokens_as_transformers(tmp_path, tokenizer, settings, ma
         assert model.generate(ids, max_new_tokens=20, **ours).tolist() == expected.tolist()
 
 
+def test_ids_without_a_token_are_never_chosen(make_model, tokenizer):
+    """Guards: a padded embedding whose surplus rows win; in the reply they stand for nothing, elsewhere they are an IndexError."""
+    size = tokenizer.vocab_size
+    model = make_model(tokenizer, vocab_size=size + 30)
+    with torch.no_grad():
+        model.embed_tokens.weight[size:] = 40 * torch.randn(30, 32)
+    prompt = tokenizer.encode("Hello")
+    settings = SamplingSettings(temperature=0, max_new_tokens=10, eos_token_id=[], top_logprobs=3)
+    assert max(Engine(model).generate([prompt], settings)[0][0].ids) >= size
+    engine = Engine(model, tokenizer)
+    for changes in ({}, {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "n": 4}, {"num_beams": 3}, {"lookup": 3}):
+        for completion in engine.generate([prompt], dataclasses.replace(settings, **changes))[0]:
+            assert max(completion.ids) < size and len(completion.ids) == 10
+            assert all(token < size for step in completion.top_logprobs for token, _ in step)
+    assert max(token for piece in engine.stream(prompt, settings) for token in piece.ids) < size
+    with pytest.raises(ValueError, match=f"token id {size}, the model's vocabulary has {size}"):
+        engine.generate([[*prompt, size]], settings)
+
+
+def test_every_reply_knows_its_reasoning_steps(make_model):
+    """Guards: steps of one row that are told of all, or of the last pass only."""
+    model = make_model(use_reasoning=True, reasoning_steps=3, reasoning_halt=0.5)
+    with torch.no_grad():
+        model.reasoning.out_proj.weight.normal_(std=0.3)
+        model.reasoning.confidence.out.weight.normal_(std=1.0)
+    engine, totals = Engine(model), set()
+    for prompt, (completion,) in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True):
+        with torch.no_grad():
+            used = model(torch.tensor([prompt + completion.ids[:-1]])).steps_used[0, len(prompt) - 1 :]
+        assert completion.reasoning_steps == int(used.sum())
+        pieces = list(engine.stream(prompt, GREEDY))
+        assert [piece.reasoning_steps for piece in pieces] == used.tolist()
+        totals.add(int(used.sum()))
+    assert len(totals) > 1
+
+
+def test_a_cleared_cache_takes_nothing_of_what_was_running(make_model):
+    """Guards: keys of an adapter that was switched off while its reply was still being read."""
+    engine, held = Engine(make_model()), PromptCache()
+    stream = engine.stream(PROMPTS[0], GREEDY, held)
+    next(stream)
+    held.clear()
+    stream.close()
+    assert held.ids == [] and not held.entries
+
+
+def test_kept_prefixes_are_given_up_in_order_of_use(make_model):
+    """Guards: a pool that forgets what is asked for most, or holds every turn of a conversation."""
+    engine, held = Engine(make_model()), PromptCache(2)
+
+    def ask(prompt):
+        said = [token for piece in engine.stream(prompt, GREEDY, held) for token in piece.ids]
+        assert said == engine.generate([prompt], GREEDY)[0][0].ids
+        return said, held.reused
+
+    first, _ = ask(PROMPTS[1])
+    ask(PROMPTS[3])
+    assert ask([*PROMPTS[1], 3])[1] == len(PROMPTS[1])  # used again, and another continuation beside it
+    assert [entry.ids[: len(PROMPTS[1])] for entry in held.entries] == [PROMPTS[1], PROMPTS[1]]
+    assert ask([*PROMPTS[1], *first, 5])[1] == len(PROMPTS[1]) + len(first) - 1
+    assert ask(PROMPTS[3])[1] == 0 and held.hits == 2
+
+
 def test_many_prompts_draw_independently(make_model):
     """Guards the samples of different prompts against one shared random stream, and a prompt that comes again in a later batch against
     getting the same reply: means over prompts would be far noisier than they look."""
@@ -232,3 +317,31 @@ def test_many_prompts_draw_independently(make_model):
     assert again == replies, "a reply depends on the batch it is in"
     with pytest.raises(ValueError, match="as many seeds"):
         engine.generate(PROMPTS, flat, [1, 2])
+    with pytest.raises(ValueError, match="at_once"):
+        list(engine.generate_many(PROMPTS, flat, at_once=0))
+    assert list(engine.generate_many([], flat, at_once=2)) == []
+
+
+def test_beam_search_of_many_prompts_draws_nothing(make_model):
+    """Guards: seeds that change, or refuse, what is searched; prompts and replies in the order of their batches."""
+    engine = Engine(make_model())
+    searched = dataclasses.replace(GREEDY, num_beams=3, n=2, seed=4)
+    expected = [[reply.ids for reply in engine.generate([prompt], searched)[0]] for prompt in PROMPTS]
+    found = dict(pair for batch in engine.generate_many(PROMPTS, searched, at_once=3) for pair in batch)
+    assert [[reply.ids for reply in found[number]] for number in range(len(PROMPTS))] == expected
+    assert [[reply.ids for reply in row] for row in engine.generate(PROMPTS, searched, [9, 8, 7, 6])] == expected
+    with pytest.raises(ValueError, match="as many seeds"):
+        engine.generate(PROMPTS, searched, [1, 2])
+
+
+def test_a_long_limit_does_not_take_memory_before_it_is_needed(make_model, monkeypatch):
+    """Guards: a cache for the whole context, times the rows of the batch, for replies of three tokens."""
+    engine = Engine(make_model(max_position_embeddings=100_000))
+    made = []
+    original = engine.new_cache
+    monkeypatch.setattr(engine, "new_cache", lambda rows, columns: (made.append(columns), original(rows, columns))[1])
+    first = engine.generate([[5, 6]], GREEDY)[0][0].ids
+    endless = SamplingSettings(temperature=0, max_new_tokens=90_000, eos_token_id=first[2])
+    assert engine.generate([[5, 6]] * 3, endless)[2][0].finish_reason == "stop"
+    engine.generate([[5, 6]], dataclasses.replace(endless, num_beams=2, early_stopping=True))
+    assert max(made) < 1000

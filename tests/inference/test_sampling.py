@@ -1,11 +1,13 @@
 """Sampling against `transformers` (when it is installed) and against values worked out by hand in float64."""
 
+import dataclasses
 import math
 from collections import Counter
 
 import pytest
 import torch
 
+from inference.engine import Engine
 from inference.sampling import (
     SamplingSettings,
     TokenHistory,
@@ -19,6 +21,7 @@ from inference.sampling import (
     penalize_repetition,
     process_logits,
     row_generator,
+    top_logprobs,
 )
 
 OFF = dict(temperature=1.0, top_k=0, top_p=1.0)
@@ -141,16 +144,59 @@ def test_logprobs_are_those_of_the_unmodified_logits():
         {"n": 0},
         {"stop": [""]},
         {"stop": [3]},
+        {"stop": 3},
+        {"eos_token_id": 2.0},
+        {"logprobs": 5},
         {"eos_token_id": -1},
         {"seed": -1},
         {"no_repeat_ngram_size": -2},
         {"presence_penalty": math.inf},
         {"min_new_tokens": 300},
+        {"top_logprobs": -1},
+        {"logit_bias": [1]},
+        {"logit_bias": {-1: 2}},
+        {"logit_bias": {"a": 2}},
+        {"logit_bias": {1: "much"}},
+        {"logit_bias": {1: math.nan}},
     ],
 )
 def test_wrong_settings_name_the_field(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingSettings(**wrong)
+
+
+def test_bias_moves_logits_and_knows_its_vocabulary():
+    """Guards: keys of JSON, which are strings; ids that index from the end, or beyond it."""
+    settings = SamplingSettings(logit_bias={"2": -100, 0: 1.5}, **OFF)
+    assert settings.logit_bias == {2: -100.0, 0: 1.5}
+    logits = torch.randn(2, 4, dtype=torch.float64)
+    expected = logits + torch.tensor([1.5, 0.0, -100.0, 0.0])
+    torch.testing.assert_close(process_logits(logits, None, settings), expected, rtol=0, atol=0)
+    settings.check_vocabulary(3)
+    with pytest.raises(ValueError, match="logit_bias names token id 2.*2 tokens"):
+        settings.check_vocabulary(2)
+
+
+def test_top_logprobs_are_the_likeliest_of_the_unmodified_logits():
+    logits = of([0.1, 0.6, 0.3])
+    (found,) = top_logprobs(logits, 2)
+    assert [token for token, _ in found] == [1, 2]
+    assert [math.exp(value) for _, value in found] == pytest.approx([0.6, 0.3])
+    assert len(top_logprobs(logits, 20)[0]) == 3
+
+
+def test_top_logprobs_of_replies_belong_to_their_tokens(make_model, seed):
+    """Guards: lists of another row or step, taken after bias or temperature, or missing from a stream."""
+    engine = Engine(make_model(seed=seed))
+    settings = SamplingSettings(n=2, seed=1, max_new_tokens=5, top_logprobs=3, logprobs=True, temperature=2.0, logit_bias={3: 5})
+    for sample in engine.generate([[5, 6, 7]], settings)[0]:
+        ids = torch.tensor([[5, 6, 7, *sample.ids]])
+        with torch.no_grad():
+            expected = engine.model(ids).logits.log_softmax(-1)[0, 2:-1].topk(3)
+        for found, values in zip(sample.top_logprobs, expected.values.tolist(), strict=True):
+            assert [value for _, value in found] == pytest.approx(values, abs=1e-4)
+    pieces = list(engine.stream([5, 6, 7], dataclasses.replace(settings, n=1)))
+    assert [len(piece.top_logprobs[0]) for piece in pieces if piece.ids] == [3] * 5
 
 
 def test_one_stop_string_is_not_a_list_of_letters():

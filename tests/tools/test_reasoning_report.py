@@ -125,9 +125,12 @@ def test_calibration_by_hand() -> None:
 
 
 def test_guessing_knows_kind_and_language() -> None:
-    """Guards: a baseline below what guessing from the question's form gives."""
+    """Guards: a baseline below what guessing from the question's form gives, or one that has seen the answers it is tested on."""
     rows = [{"kind": k, "lang": "en", "answer": a} for k, a in (("sums", "1"), ("sums", "2"), ("sums", "2"), ("parity", "on"))]
-    assert measure.guessing(rows) == [False, True, True, True]
+    frequent = measure.most_frequent(rows)
+    assert measure.guessing(rows, frequent) == [False, True, True, True]
+    others = [{"kind": k, "lang": lang, "answer": "1"} for k, lang in (("sums", "en"), ("sums", "zh"), ("order", "en"))]
+    assert measure.guessing(others, frequent) == [False] * 3
 
 
 def test_work_of_a_mean_number_of_steps(latent: SmartHaoAI, plain: SmartHaoAI) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import device
 from train import runtime
 from train.config import OptimizationConfig, UsageError
 from train.runtime import (
@@ -130,7 +131,7 @@ def test_memory_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.delattr(os, "sysconf", raising=False)
     monkeypatch.setattr(platform, "system", lambda: "Windows")
-    monkeypatch.setattr(runtime, "_windows_memory", lambda: 7 * 2**30)
+    monkeypatch.setattr(device, "_windows_memory", lambda: 7 * 2**30)
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: (_ for _ in ()).throw(FileNotFoundError(str(self))))
     assert peak_memory_mb("cpu") is None and total_memory() == 7 * 2**30
     assert "7 GiB memory" in describe_machine("cpu")

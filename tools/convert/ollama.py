@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from inference.loading import preset_settings
 from inference.sampling import SamplingSettings
-from inference.session import preset_settings
 from model.checkpoint import find_model, load_config
 from model.files import atomic_directory, atomic_write_text
 from model.tokenizer import BPETokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,20 @@ def percent(correct: Sequence[bool]) -> str:
 
 
 def markdown(
-    entries: list[Entry], tasks: dict[str, list[Row]], paths: list[tuple[str, measure.Path]], machine: str, drawn: list[str]
+    entries: list[Entry],
+    tasks: dict[str, list[Row]],
+    frequent: Mapping[tuple[str, str], str],
+    paths: list[tuple[str, measure.Path]],
+    machine: str,
+    drawn: list[str],
 ) -> str:
-    """The report: one table of everything, then by kind, by length, of the confidence, and the path as text."""
+    """The report: one table of everything, then by kind, by length, of the confidence, and the path as text. frequent: as in
+    `measure.guessing`."""
     counts = ", ".join(f"{split} {len(rows):,}" for split, rows in tasks.items())
-    lines = ["# Reasoning tasks", "", f"Rows: {counts}. {machine}.", "", *_main_table(entries, tasks)]
+    lines = ["# Reasoning tasks", "", f"Rows: {counts}. {machine}.", "", *_main_table(entries, tasks, frequent)]
     lines += _seed_table(entries)
     for split, rows in tasks.items():
-        lines += ["", f"## {split}, by kind", "", *_group_table(entries, rows, split, "kind")]
+        lines += ["", f"## {split}, by kind", "", *_group_table(entries, rows, split, "kind", frequent)]
     lines += ["", "## By number of operations", "", "All test files together.", "", *_length_table(entries, tasks)]
     lines += _generated_table(entries)
     lines += ["", "## How sure the models are", "", *_calibration_table(entries)]
@@ -76,10 +82,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def _main_table(entries: list[Entry], tasks: dict[str, list[Row]]) -> list[str]:
+def _main_table(entries: list[Entry], tasks: dict[str, list[Row]], frequent: Mapping[tuple[str, str], str]) -> list[str]:
     heads = ["model", "latent steps", "parameters, M", "trained on, M tokens", "MFLOP / trained token", "MFLOP / token", "ms / token"]
     heads += [*tasks, "mean steps: answers (all tokens)"]
-    rows = [["most frequent answer", *[NONE] * 6, *(percent(measure.guessing(found)) for found in tasks.values()), NONE]]
+    rows = [["most frequent answer", *[NONE] * 6, *(percent(measure.guessing(found, frequent)) for found in tasks.values()), NONE]]
     for entry in entries:
         time = "{median:.2f} ({min:.2f}–{max:.2f})".format(**entry.milliseconds)
         tokens = NONE if entry.trained_tokens is None else f"{entry.trained_tokens / 1e6:.2f}"
@@ -90,6 +96,7 @@ def _main_table(entries: list[Entry], tasks: dict[str, list[Row]]) -> list[str]:
     notes = [
         "",
         "- Right answers by exact match, greedy, without written thinking; Wilson's 95 % intervals over the rows.",
+        "- Most frequent answer: that of train.jsonl for the kind and language, whatever the question.",
         "- MFLOP: computed from the shape; with halting for the mean number of steps, since a batch as a whole saves nothing until its "
         "last token halts. ms: one conversation, median of interleaved rounds (smallest to largest).",
     ]
@@ -124,14 +131,14 @@ def over_seeds(found: list[Entry], split: str) -> tuple[float, float, float]:
     return value.mean, value.low, value.high
 
 
-def _group_table(entries: list[Entry], rows: list[Row], split: str, name: str) -> list[str]:
+def _group_table(entries: list[Entry], rows: list[Row], split: str, name: str, frequent: Mapping[tuple[str, str], str]) -> list[str]:
     values = list(dict.fromkeys(row[name] for row in rows))
     picked = {value: [i for i, row in enumerate(rows) if row[name] == value] for value in values}
 
     def cells(correct: Sequence[bool]) -> list[str]:
         return [percent([correct[i] for i in picked[value]]) for value in values]
 
-    table = [["most frequent answer", NONE, *cells(measure.guessing(rows))]]
+    table = [["most frequent answer", NONE, *cells(measure.guessing(rows, frequent))]]
     table += [[entry.model, entry.setting, *cells(entry.correct[split])] for entry in entries]
     return _table(["model", "latent steps", *map(str, values)], table)
 
