@@ -79,8 +79,9 @@ class LayerCache:
         self.filled = end
         return self.keys[: self.rows, :, :end], self.values[: self.rows, :, :end]
 
-    def put(self, row: int, other: LayerCache, source: int, end: int, count: int) -> None:
-        """Let `row` end with the `count` tokens before slot `end` of a row of another layer, or with as many as that one still has."""
+    def put(self, row: int, other: LayerCache, source: int, end: int, count: int) -> int:
+        """Let `row` end with the `count` tokens before slot `end` of a row of another layer, or with as many as that one still has.
+        Returns how many it was."""
         count = min(count, end)
         if self.window is not None:
             count = min(count, max(self.filled, self.window - 1))
@@ -89,6 +90,7 @@ class LayerCache:
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             mine[row, :, : self.filled - count] = 0
             mine[row, :, self.filled - count : self.filled] = theirs[source, :, end - count : end]
+        return count
 
 
 class KVCache:
@@ -120,6 +122,8 @@ class KVCache:
         self._longest_block = block
         self.length = 0
         self.padding: Tensor | None = None  # (B,) number of padding tokens at the left of each row; None: none at all
+        self._known = [0] * batch_size  # for each row the column from which on all windowed layers can hold it: a row that joined later
+        # brought its last tokens only, and what lies before them in the same slots is nothing
         self.layers = []
         for index in range(config.n_layer):
             window = config.layer_window(index)
@@ -212,6 +216,8 @@ class KVCache:
         removed = self.length - length
         for layer in self.all_layers:
             oldest = self.length - layer.filled
+            if layer.window is not None:
+                oldest = max([oldest, *self._known])
             needed = 0 if layer.window is None else max(0, length - (layer.window - 1))
             if removed and oldest > needed:
                 return False
@@ -220,6 +226,7 @@ class KVCache:
         self.length = length
         if length == 0:
             self.padding = None  # the next first call brings its own mask
+            self._known = [0] * self.batch_size
         return True
 
     def reorder(self, index: Tensor) -> None:
@@ -230,6 +237,7 @@ class KVCache:
             for buffer in (layer.keys, layer.values):
                 buffer[:count, :, : layer.filled] = buffer[index, :, : layer.filled]
             layer.rows = count
+        self._known = [self._known[row] for row in index.tolist()]
         if self.padding is not None:
             self.padding = self.padding[index]
 
@@ -258,16 +266,24 @@ class KVCache:
         self._move(length)
         starts = torch.cat((self.starts, self.starts.new_zeros(max(0, row + 1 - self.batch_size))))
         starts[row] = length - count
+        known = [*self._known, *[0] * (len(starts) - len(self._known))]
+        known[row] = 0
         for mine, theirs in zip(self.all_layers, other.all_layers, strict=True):
-            mine.rows = len(starts)
-            mine.put(row, theirs, source, end - (other.length - theirs.filled), count)
+            held, mine.rows = mine.filled, len(starts)
+            there = count if theirs.window is None else min(count, end - other._known[source])
+            put = mine.put(row, theirs, source, end - (other.length - theirs.filled), there)
+            if mine.window is not None:
+                others = length - held if mine.filled > held else 0  # more slots than before: the other rows have nothing there
+                known = [max(first, length - put if index == row else others) for index, first in enumerate(known)]
+        self._known = known
         self.begin_at(starts)
 
     def has_prefix(self, row: int, count: int) -> bool:
         """Whether the first `count` tokens of a row can be put elsewhere: a windowed layer may have forgotten what they need."""
-        start = int(self.starts[row])
+        start, known = int(self.starts[row]), self._known[row]
         return all(
-            layer.window is None or self.length - layer.filled <= start + max(0, count - (layer.window - 1)) for layer in self.all_layers
+            layer.window is None or max(self.length - layer.filled, known) <= start + max(0, count - (layer.window - 1))
+            for layer in self.all_layers
         )
 
     def copied(self, row: int) -> KVCache:
@@ -282,6 +298,8 @@ class KVCache:
         last = self.batch_size - 1
         starts = self.starts.clone()
         starts[row] = starts[last]
+        self._known[row] = self._known[last]
+        self._known.pop()
         for layer in self.all_layers:
             if row != last:
                 for buffer in (layer.keys, layer.values):
@@ -299,6 +317,7 @@ class KVCache:
         for layer in self.all_layers:
             layer.hold(length if layer.window is None else min(layer.filled, length))
         starts = self.starts + (length - self.length)
+        self._known = [max(0, first + length - self.length) for first in self._known]
         self.length = length
         self.begin_at(starts)
 

@@ -159,3 +159,22 @@ def test_rows_of_other_reasoning_settings_are_refused(make_model) -> None:
         cache.drop(0)
         cache.put(0, other)
         assert_next_tokens(model, cache, [[1, 2, 3]], torch.tensor([[4]]))
+
+
+def test_a_row_gives_away_only_what_it_brought(make_model) -> None:
+    """Guards: slots of a windowed layer in which a row that joined late, or one beside it, has no keys, given away as its beginning."""
+    torch.manual_seed(0)
+    model = make_model(**SHAPES["windows"])
+    early, late = torch.randint(61, (1, 40)), torch.randint(61, (1, 30))
+    with torch.no_grad():
+        cache, joined = cache_of(model, early[0].tolist(), 64), cache_of(model, late[0].tolist(), 64)
+        assert cache.has_prefix(0, 10) and joined.has_prefix(0, 10)
+        cache.put(1, joined.copied(0))  # a copy holds the last tokens of its windows
+        assert cache.has_prefix(0, 10) and not cache.has_prefix(1, 10) and cache.has_prefix(1, 30)
+        short = cache_of(model, early[0].tolist(), 64).copied(0)
+        short.put(1, joined)  # makes room for more of each row than the first one brought
+        assert not short.has_prefix(0, 10) and short.has_prefix(0, 40)
+        cache.drop(0)
+        assert not cache.has_prefix(0, 10)
+        cache.reorder(torch.tensor([0, 0]))
+        assert not cache.has_prefix(1, 10)
