@@ -257,7 +257,6 @@ class _Group:
         top = top_logprobs(logits, rule.top_logprobs) if rule.top_logprobs else [None] * len(rows)
         return [(row, row.take(*found)) for row, *found in zip(rows, tokens.tolist(), logprobs, top, strict=True)]
 
-
     def _without_unusable(self, logits: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) from which a token can be chosen in every row; rows where there is none fail."""
         unusable = [slot for slot, fine in enumerate(torch.isfinite(scores.amax(dim=-1)).tolist()) if not fine]

@@ -367,7 +367,9 @@ def test_the_thread_waits_without_work(models: dict[str, SmartHaoAI], monkeypatc
         assert len(steps) <= before + 1 and before >= 12
 
 
-def test_a_reply_that_cannot_go_on_ends_alone(models: dict[str, SmartHaoAI], make_model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_that_cannot_go_on_ends_alone(
+    models: dict[str, SmartHaoAI], make_model, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards: settings or a grammar of one user, by which the replies of all others end: a penalty beyond fp32, a form that the tokenizer
     cannot write, a library that gives up in the middle."""
     pytest.importorskip("llguidance", reason="needs: pip install -e .[constrained]")
