@@ -1,6 +1,7 @@
 """Answers of a given form: JSON of a schema, a pattern, one of several words. After every token the grammar says which may come next.
 
-    grammar = Grammar.json_schema({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]})
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+    grammar = Grammar.json_schema(city)
     engine.generate([ids], SamplingSettings(grammar=grammar))
 
 An answer that ends by itself (finish_reason "stop") always has the form; one that max_new_tokens cuts (finish_reason "length") has not.
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from inference.text import THINK_CLOSE, THINK_OPEN, special_id, starts_in_reasoning
 
-# Small models like to go on with spaces for ever; 16 are enough to indent seven levels.
-WHITESPACE = r"[ \n\r\t]{1,16}"
+# One space, or one line end and the indentation of eight levels: small models like to go on with empty lines for ever.
+WHITESPACE = r" |\r?\n[ \t]{0,16}"
 GAP = 2  # line ends that models write between their thinking and the answer
 
 

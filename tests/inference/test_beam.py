@@ -14,7 +14,7 @@ from inference.grammar import Grammar
 from inference.sampling import SamplingSettings
 
 SHAPES = [{}, {"qk_norm": False, "tie_word_embeddings": False}, {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}]
-CASES, IMPORTED_CASES = 40, 12
+CASES = 40
 
 
 def search(model, prompts, tokenizer=None, **settings):
@@ -30,7 +30,7 @@ def log_prob(model, prompt, ids):
 def assert_a_random_case_equals_transformers(model, other, rng, case):
     """Ids and scores of a search with random settings, ours and theirs."""
     size = model.config.vocab_size
-    ends = rng.sample(range(size), rng.choice([0, 1, 3, size // 8, 2 * size // 3]))
+    ends = rng.sample(range(min(size, 97)), rng.choice([0, 1, 3, 12, 60]))
     shared = dict(
         max_new_tokens=rng.choice([4, 9, 14]),
         num_beams=rng.choice([2, 3, 4, 5]),
@@ -63,9 +63,10 @@ def assert_a_random_case_equals_transformers(model, other, rng, case):
     scores = theirs.sequences_scores.tolist()
     for place, (reply, row, score) in enumerate(zip(ours, expected, scores, strict=True)):
         told = f"case {case}, reply {place}: {shared}, {len(ends)} ends {ends[:12]}"
-        assert reply.score == pytest.approx(score, abs=1e-4), told
+        rounding = 1e-4 + 1e-5 * abs(score)
+        assert reply.score == pytest.approx(score, abs=rounding), told
         others = [s for s in scores[place - place % count :][:count] if s != score]
-        if all(abs(score - s) > 1e-4 for s in others):  # equally good replies may change places
+        if all(abs(score - s) > rounding for s in others):  # equally good replies may change places
             assert row[: len(reply.ids)] == reply.ids and set(row[len(reply.ids) :]) <= {0, *ends[:1]}, told
 
 
@@ -80,10 +81,10 @@ def test_forty_random_cases_equal_transformers(make_model, seed):
         assert_a_random_case_equals_transformers(*pairs[case % len(pairs)], rng, case)
 
 
-def test_random_cases_of_an_imported_model(imported_pair, seed):
+def test_forty_random_cases_of_an_imported_model(imported_pair, seed):
     """Guards: what only real weights show, such as a large vocabulary and log-probabilities that lie far apart."""
     rng = random.Random(seed)
-    for case in range(IMPORTED_CASES):
+    for case in range(CASES):
         assert_a_random_case_equals_transformers(*imported_pair, rng, case)
 
 
