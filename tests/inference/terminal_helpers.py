@@ -85,6 +85,17 @@ class Terminal:
         """Ctrl-C: a key, or a signal, as the program has set its terminal."""
         self.send("\x03")
 
+    def interrupt_for(self, text, seconds=10):
+        """Ctrl-C at the prompt of a plain `input()`, until `text` is shown. A signal that arrives after CPython has shown the prompt and
+        before it waits for keys is noticed at the end of the line only: after `seconds` it ends."""
+        self.interrupt()
+        end = time.monotonic() + seconds
+        while text not in self.shown and time.monotonic() < end and self._read(end - time.monotonic()):
+            pass
+        if text not in self.shown:
+            self.send("\r")
+        self.expect(text)
+
     def wait(self, seconds=60):
         """The exit status; what is still shown is read meanwhile."""
         end = time.monotonic() + seconds

@@ -232,9 +232,7 @@ def test_without_colours_and_prompt_toolkit(chat, place, tmp_path):
     terminal.line("你好")
     terminal.expect("tokens/s")
     terminal.expect("You>")
-    terminal.interrupt()
-    terminal.expect("again to quit")
+    terminal.interrupt_for("again to quit")
     terminal.expect("You>")
-    terminal.interrupt()
-    terminal.expect("Goodbye")
+    terminal.interrupt_for("Goodbye")
     assert terminal.wait() == 0
