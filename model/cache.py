@@ -122,8 +122,9 @@ class KVCache:
         self._longest_block = block
         self.length = 0
         self.padding: Tensor | None = None  # (B,) number of padding tokens at the left of each row; None: none at all
-        self._known = [0] * batch_size  # for each row the column from which on all windowed layers can hold it: a row that joined later
-        # brought its last tokens only, and what lies before them in the same slots is nothing
+        self._known = [0] * batch_size
+        """For each row the column from which on windowed layers may hold it: a row that joined late brought its last tokens only, and
+        the slots before them hold nothing of it."""
         self.layers = []
         for index in range(config.n_layer):
             window = config.layer_window(index)

@@ -90,10 +90,10 @@ class Study:
             _leave_out(made, self.tasks)
             made.rename(self.questions)
         if not self.held_out.is_file():
-            learned, unseen = self.conversations, self.unseen or self.conversations
-            lines = _lines(Path(learned), FEW if self.unseen else FEW + HELD_OUT)
+            lines = _lines(Path(self.conversations), FEW if self.unseen else FEW + HELD_OUT)
+            held_out = _lines(Path(self.unseen), HELD_OUT) if self.unseen else lines[FEW:]
             atomic_write_text(self.few, "".join(lines[:FEW]))
-            atomic_write_text(self.held_out, "".join(_lines(Path(unseen), HELD_OUT) if self.unseen else lines[FEW:]))
+            atomic_write_text(self.held_out, "".join(held_out))
 
     def make_pairs(self) -> None:
         """Right against wrong answers of the reasoning model, unless they are there."""
