@@ -204,13 +204,13 @@ def test_halting_off_takes_every_step_and_a_threshold_of_nothing_takes_one(make_
     with torch.no_grad():
         every = model(ids)
         assert every.steps_used is None
-        model.reasoning_halt = 1e-9
+        model.reasoning_halt = 1e-30
         early = model(ids)
         assert (early.steps_used == 1).all()
         model.reasoning_halt, model.reasoning_steps = 0.0, 1
         assert_same(early.logits, model(ids).logits)
         model.train()
-        model.reasoning_halt, model.reasoning_steps = 1e-9, 3
+        model.reasoning_halt, model.reasoning_steps = 1e-30, 3
         assert_same(model(ids).logits, every.logits)
 
 
