@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK = 1024
+CACHED = 2**21  # bytes of fp32 logits that stay in a CPU's cache from one pass over them to the next
 ROW_MULTIPLE = 128  # CPU kernels keep memory for each shape they have met: rows are padded so that few different ones occur
 IGNORE = -100
 
@@ -122,31 +123,53 @@ class _LinearCrossEntropy(ScaledGradients):
             total = torch.zeros((), device=hidden.device, dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
             grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if needs_weight else None
-            for start in range(0, hidden.shape[0], CHUNK):
-                rows = hidden[start : start + CHUNK].to(dtype)
-                wanted = targets[start : start + CHUNK, None]
-                logits = capped((rows @ head.T).float(), softcap)  # (chunk, V)
-                slope = 1 - (logits / softcap).square() if softcap else None  # of the cap
-                log_total = logits.logsumexp(dim=1, keepdim=True)
-                chosen = logits.gather(1, wanted)
-                losses = log_total - chosen
-                if hits is not None:
-                    hits[start : start + CHUNK] = (chosen >= logits.amax(dim=1, keepdim=True))[: count - start, 0]
-                scale = None if token_weights is None else token_weights[start : start + CHUNK, None].float()
-                total += (losses if scale is None else losses * scale).sum()
-                if not (needs_hidden or needs_weight):
-                    continue
-                gradient = logits.sub_(log_total).exp_()
-                gradient.scatter_add_(1, wanted, torch.full_like(losses, -1.0))
-                gradient = gradient if slope is None else gradient.mul_(slope)
-                gradient = (gradient if scale is None else gradient.mul_(scale)).to(dtype)
+            for part in _chunks(hidden.shape[0]):
+                rows = hidden[part].to(dtype)
+                logits = rows @ head.T  # (chunk, V)
+                parts = [None if values is None else values[part] for values in (token_weights, hits)]
+                total += _losses(logits, targets[part, None], *parts, softcap, needs_hidden or needs_weight)
+                gradient = logits  # it was put in their place
                 if grad_hidden is not None:
-                    grad_hidden[start : start + CHUNK] = gradient @ head
+                    grad_hidden[part] = gradient @ head
                 if grad_weight is not None:
                     grad_weight += gradient.T @ rows
         ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:count], grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
+
+
+def _losses(
+    logits: Tensor, wanted: Tensor, token_weights: Tensor | None, hits: Tensor | None, softcap: float, gradient: bool
+) -> Tensor:
+    """Summed loss of logits (n, V), in fp32; with `gradient` d loss / d logits takes the place of the logits.
+
+    On a CPU a few rows at a time, so that the fp32 copy of them stays in its cache over all passes.
+    """
+    total = torch.zeros((), device=logits.device, dtype=torch.float32)
+    count = max(8, CACHED // (4 * logits.shape[1])) if logits.device.type == "cpu" else CHUNK
+    copy = logits.new_empty((min(count, len(logits)), logits.shape[1]), dtype=torch.float32)
+    for start in range(0, len(logits), count):
+        part = slice(start, start + count)
+        block, target = logits[part], wanted[part]
+        values = copy[: len(block)].copy_(block)
+        if softcap:
+            values = capped(values, softcap)
+            slope = 1 - (values / softcap).square()
+        chosen = values.gather(1, target)
+        largest = values.amax(dim=1, keepdim=True)
+        if hits is not None:
+            hits[part] = (chosen >= largest)[: len(hits[part]), 0]
+        total_exp = values.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        losses = total_exp.log() + largest - chosen
+        scale = None if token_weights is None else token_weights[part, None].float()
+        total += (losses if scale is None else losses * scale).sum()
+        if gradient:
+            values.mul_(total_exp.reciprocal())
+            values.scatter_add_(1, target, torch.full_like(chosen, -1.0))
+            if softcap:
+                values.mul_(slope)
+            block.copy_(values if scale is None else values.mul_(scale))
+    return total
 
 
 class _LinearLogProbs(torch.autograd.Function):

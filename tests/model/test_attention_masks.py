@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.attention import _explicit_attention
+from model.attention import attention_mask
+from model.blocked_attention import blocked_attention
 from model.transformer import pad_left
 
 WINDOW = {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}
@@ -173,25 +174,26 @@ def test_pad_left() -> None:
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
+@pytest.mark.parametrize("kind", ["causal", "masked", "window"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_explicit_attention_equals_the_kernel(kv_heads: int, masked: bool, seed: int) -> None:
-    """Guards: heads paired with another group's keys in the path that trains on a CPU; values and gradients."""
-    shapes = [(2, 4, 9, 6), (2, kv_heads, 9, 6), (2, kv_heads, 9, 6)]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+def test_blocked_attention_equals_the_kernel(kv_heads: int, kind: str, kept: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: heads paired with another group's keys, queries or keys lost between the blocks; values and gradients."""
+    T = 75  # three blocks, the last one short
+    monkeypatch.setattr("model.blocked_attention.CACHED", 1)
+    monkeypatch.setattr("model.blocked_attention.LONGEST_KEPT", T if kept else 0)
+    inputs = [torch.randn(2, heads, T, 6, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     mask = None
-    if masked:
-        allowed = (torch.rand(2, 1, 9, 9) < 0.5).tril() | torch.eye(9, dtype=torch.bool)
-        mask = torch.zeros(2, 1, 9, 9).masked_fill(~allowed, float("-inf"))
+    if kind == "masked":
+        allowed = (torch.rand(2, 1, T, T) < 0.5).tril() | torch.eye(T, dtype=torch.bool)
+        mask = torch.zeros(2, 1, T, T).masked_fill(~allowed, float("-inf"))
+    if kind == "window":
+        mask = attention_mask(torch.arange(T), torch.arange(T), 10, None, None, None, torch.float32)
     q, k, v = inputs
     expected = F.scaled_dot_product_attention(
-        q,
-        k.repeat_interleave(4 // kv_heads, 1),
-        v.repeat_interleave(4 // kv_heads, 1),
-        attn_mask=mask,
-        is_causal=not masked,
+        q, k.repeat_interleave(4 // kv_heads, 1), v.repeat_interleave(4 // kv_heads, 1), attn_mask=mask, is_causal=mask is None
     )
-    actual = _explicit_attention(q, k, v, mask, 0.0)
+    actual = blocked_attention(q, k, v, mask, 10 if kind == "window" else None)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(expected)
     gradients = zip(torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True)
