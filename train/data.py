@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,12 +35,26 @@ class Batch:
     """Positions that hold a token of the data."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What only the loss reads: values per sequence or token (reference log-probabilities, advantages, token weights ...)."""
+    group: int = 0
+    """Rows that have to be computed together: 1 where each stands for itself; 0: all of them."""
+
+    def split(self, rows: int) -> list[Batch]:
+        """The same in pieces of at most `rows` rows, whose `weights`, `positions` and `real` are those of the whole."""
+        count = len(self.inputs["input_ids"])
+        if not self.group or rows >= count:
+            return [self]
+        rows = max(rows // self.group, 1) * self.group
+        pieces = []
+        for start in range(0, count, rows):
+            inputs, extra = ({name: value[start : start + rows] for name, value in part.items()} for part in (self.inputs, self.extra))
+            pieces.append(replace(self, inputs=inputs, extra=extra))
+        return pieces
 
     def to(self, device: str) -> Batch:
         if device == "cpu":
             return self
         inputs, extra = ({k: v.to(device, non_blocking=True) for k, v in part.items()} for part in (self.inputs, self.extra))
-        return Batch(inputs, self.weights, self.positions, self.real, extra)
+        return replace(self, inputs=inputs, extra=extra)
 
 
 class BatchSource(Protocol):
@@ -132,6 +146,9 @@ class Documents:
 class PackedText:
     """Rows cut from the stream of shuffled documents: every position is real, documents may continue in the next row."""
 
+    same_shapes = True
+    """Batches have the shape of the first or of the last one of a run: worth compiling for."""
+
     def __init__(
         self,
         store: TokenStore,
@@ -156,7 +173,7 @@ class PackedText:
         """Short rows come in proportionally larger number: the tokens of a batch stay the same."""
         length = self.length_at(progress)
         count = max(1, self.batch_size * self.max_length // length)
-        return collate([self._next_row(length) for _ in range(count)], self.pad_id, length)
+        return replace(collate([self._next_row(length) for _ in range(count)], self.pad_id, length), group=1)
 
     def _next_row(self, length: int) -> Row:
         starts = self._stream()
@@ -291,7 +308,7 @@ class PackedConversations(FittedBlocks):
             for document, start, stop in pieces:
                 row.add(self.documents.split.tokens(document, start, stop), self.documents.split.mask(document, start, stop))
             rows.append(row)
-        return collate(rows, self.pad_id, limit=self.max_length)
+        return replace(collate(rows, self.pad_id, limit=self.max_length), group=1)
 
     def compose(self, documents: np.ndarray, random: np.random.Generator) -> list[list[Piece]]:
         pieces = [piece for document in documents for piece in self._pieces(int(document))]

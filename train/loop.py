@@ -34,12 +34,25 @@ from train.runtime import (
     peak_memory_mb,
     seed_everything,
     set_threads,
+    timed,
+)
+from train.speed import (
+    CALIBRATED,
+    COMPILED,
+    best_positions,
+    compile_blocks,
+    compiled_passes,
+    compiler_problem,
+    keep_freed_memory,
+    try_compiled,
+    undo_compiling,
 )
 
 Evaluate = Callable[[SmartHaoAI], dict[str, float]]
 Prepare = Callable[[SmartHaoAI, Precision], None]
 REPLAN_EVERY = 0.05  # share of a time budget after which its number of steps is corrected
 DEEP_FADE = 0.1  # last share of a run in which the training-only heads lose their weight
+FEW_STEPS = 50  # with fewer there is nothing worth measuring
 BUDGET_RESERVE = 0.97  # share of a time budget planned for steps; the rest is for evaluation and saving
 
 
@@ -70,6 +83,10 @@ class _Progress:
     skipped: int = 0
     replanned: float = 0.0
     preparing: float = 0.0
+    """Seconds before the first step: measuring, compiling, and what the stage does."""
+    at_once: int = 0
+    """Positions (rows times length) of a pass; 0: whole micro-batches."""
+    compiled: bool = False
 
     @property
     def done(self) -> float:
@@ -116,6 +133,7 @@ class _Fit:
         self.out_dir = Path(settings.out_dir)
         self.device = device_name(self.train.device)
         set_threads(self.train.threads)
+        keep_freed_memory()
         seed_everything(self.train.seed)
         self.model.to(self.device).train()
         self.optimizers = build_optimizers(model, self.train, self.device)
@@ -136,6 +154,8 @@ class _Fit:
                 self.state.total_steps = self.train.max_steps
             self.precision = Precision(self.state.precision, self.device, self.state.precision_reason)
             self._prepare()
+            if self.state.compiled:
+                self._compile_again()
             self.batches.load_state_dict(saved["cursor"])
             restore(checkpoint, self.model, self.optimizers)
             self.log(f"resuming from {checkpoint} at step {self.state.step}")
@@ -151,11 +171,13 @@ class _Fit:
         for row in self.metrics.rows:
             self.last_row.update({k: v for k, v in row.items() if v is not None})
         atomic_write_text(self.out_dir / "run.yaml", to_yaml(self.settings))
-        self.log(f"precision {self.precision.name} ({self.precision.reason}); {self.state.total_steps:,} steps")
+        at_once = f"; {self.state.at_once:,} positions at once" if self.state.at_once else ""
+        self.log(f"precision {self.precision.name} ({self.precision.reason}){at_once}; {self.state.total_steps:,} steps")
         try:
-            with StopRequest().installed() as stop, self._bar() as self.bar:
+            with StopRequest().installed() as stop, compiled_passes(False), self._bar() as self.bar:
                 interrupted = self._steps(stop)
         finally:
+            undo_compiling(self.model)
             self.metrics.close()
         plot_loss(self.metrics.rows, self.out_dir / "loss.png", f"{self.out_dir.name}: {self.model.num_parameters() / 1e6:.1f}M parameters")
         return FitResult(
@@ -163,40 +185,74 @@ class _Fit:
         )
 
     def _plan(self) -> None:
-        """Decide once what is measured: precision, and the number of steps of a time budget (of what preparing the stage leaves)."""
-        measured = self.train.precision == "auto" or (self.train.max_minutes and not self.train.max_steps)
+        """Decide once what is measured: precision, rows per pass, compiled blocks, and the number of steps of a time budget (of what
+        preparing leaves)."""
+        began = time.perf_counter()
+        train, rows_per_step = self.train, self.train.batch_size * self.train.accumulation_steps
+        timed_run = bool(train.max_minutes and not train.max_steps)
+        steps = train.max_steps or max(1, round(train.epochs * self.batches.rows_per_epoch() / rows_per_step))
         cursor, random = self.batches.state_dict(), torch.get_rng_state()
+        same_shapes = bool(getattr(self.batches, "same_shapes", False))
+        measured = train.precision == "auto" or timed_run or train.compile == "on" or (same_shapes and steps >= FEW_STEPS)
         if measured:  # a batch of rollouts is dear
             probe = self.batches.next_batch(1.0).to(self.device)
             first = self.batches.next_batch(0.0).to(self.device)
             self.batches.load_state_dict(cursor)
 
-        def forward_backward(batch: Batch) -> None:
-            terms = self.loss_fn(self.model, batch)
-            torch.stack([term.total for term in terms if not term.metric]).sum().backward()
-            self.model.zero_grad(set_to_none=True)
-
-        self.precision = choose_precision(self.train, self.device, lambda: forward_backward(probe))
+        self.precision = choose_precision(train, self.device, lambda: self._trial(probe))
         self.state.precision, self.state.precision_reason = self.precision.name, self.precision.reason
-        start = time.perf_counter()
         self._prepare()
-        self.state.preparing = time.perf_counter() - start
-        rows_per_step = self.train.batch_size * self.train.accumulation_steps
-        if self.train.max_steps:
-            self.state.total_steps = self.train.max_steps
-        elif self.train.max_minutes:
-            times = []
+        if measured:
+            shapes = [first, probe]
             with self.precision.autocast():
-                for batch in (first, probe, first, probe, first, probe):
-                    start = time.perf_counter()
-                    forward_backward(batch)
-                    times.append(time.perf_counter() - start)
-            per_step = (min(times[2::2]) + min(times[3::2])) / 2 * self.train.accumulation_steps
-            self.state.total_steps = max(1, int(self._budget * BUDGET_RESERVE / per_step))
-        else:
-            self.state.total_steps = max(1, round(self.train.epochs * self.batches.rows_per_epoch() / rows_per_step))
+                self._trial(probe)
+                per_step = timed(lambda: self._trial(probe), self.device) * train.accumulation_steps
+                self._plan_passes(shapes, train.max_minutes * 60 if timed_run else steps * per_step, same_shapes)
+                if timed_run:
+                    times = [[self._timed_trial(batch) for batch in shapes] for _ in range(3)][1:]
+                    per_step = sum(map(min, zip(*times, strict=True))) / len(shapes) * train.accumulation_steps
         torch.set_rng_state(random)
         self.model.take_expert_load()  # of the trials
+        self.state.preparing = time.perf_counter() - began
+        self.state.total_steps = max(1, int(self._budget * BUDGET_RESERVE / per_step)) if timed_run else steps
+
+    def _plan_passes(self, shapes: list[Batch], seconds: float, same_shapes: bool) -> None:
+        """Rows per pass and compiled blocks, where a run of that many seconds is long enough to earn back the time of trying."""
+        train = self.train
+        if train.micro_batch:
+            self.state.at_once = train.micro_batch * self.settings.data.max_length
+        elif seconds > CALIBRATED:
+            self.state.at_once = best_positions(shapes[-1], self._trial, self.device)
+        if train.compile == "on" or (train.compile == "auto" and seconds > COMPILED and same_shapes):
+            self.state.compiled, said = try_compiled(self.model, shapes, self._trial_in_parts, self.device)
+            self.log(said)
+
+    def _compile_again(self) -> None:
+        problem = compiler_problem()
+        if problem is None:
+            compile_blocks(self.model)
+        else:
+            self.state.compiled = False
+            self.log(f"the run began with compiled blocks, and torch.compile does not work here ({problem}): it goes on without")
+
+    def _trial(self, batch: Batch) -> None:
+        """A forward and a backward pass that changes nothing."""
+        terms = self.loss_fn(self.model, batch)
+        torch.stack([term.total for term in terms if not term.metric]).sum().backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def _trial_in_parts(self, batch: Batch) -> None:
+        for part in self._parts(batch):
+            self._trial(part)
+
+    def _timed_trial(self, batch: Batch) -> float:
+        with compiled_passes(self.state.compiled):
+            return timed(lambda: self._trial_in_parts(batch), self.device)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch in as many rows at once as was decided."""
+        length = batch.inputs["input_ids"].shape[1]
+        return batch.split(max(1, self.state.at_once // length)) if self.state.at_once else [batch]
 
     def _prepare(self) -> None:
         if self.prepare is not None:
@@ -274,20 +330,22 @@ class _Fit:
                 group["lr"] = lr * group.get(RATE, 1.0)
         self.lr = lr
         self.model.deep_weight = min(1.0, (1 - self.state.done) / DEEP_FADE)
-        micro = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]
+        batches = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]
+        micro = [part for batch in batches for part in self._parts(batch)]
         totals: dict[str, float] = {"micro_batches": len(micro)}
-        for batch in micro:
+        for batch in batches:
             for name, weight in batch.weights.items():
                 totals[name] = totals.get(name, 0.0) + weight
         loss_sum = 0.0
         others: dict[str, float] = {}
         metrics: dict[str, list[float]] = {}
         for batch in micro:
-            with self.precision.autocast():
-                terms = self.loss_fn(self.model, batch.to(self.device))
-            losses = [term for term in terms if not term.metric]
-            parts = [term.total / max(totals[term.weight], 1.0) for term in losses]
-            self.scaler.scale(torch.stack(parts).sum()).backward()
+            with compiled_passes(self.state.compiled):
+                with self.precision.autocast():
+                    terms = self.loss_fn(self.model, batch.to(self.device))
+                losses = [term for term in terms if not term.metric]
+                parts = [term.total / max(totals[term.weight], 1.0) for term in losses]
+                self.scaler.scale(torch.stack(parts).sum()).backward()
             loss_sum += float(losses[0].total.detach())
             for term, part in zip(losses[1:], parts[1:], strict=True):
                 others[term.name] = others.get(term.name, 0.0) + float(part.detach())
@@ -295,7 +353,7 @@ class _Fit:
             values = torch.stack([term.total.detach().float() for term in logged]).tolist() if logged else []
             for term, value in zip(logged, values, strict=True):
                 metrics[term.name] = [metrics.get(term.name, [0.0])[0] + value, totals[term.weight]]
-        positions, real = sum(b.positions for b in micro), sum(b.real for b in micro)
+        positions, real = sum(b.positions for b in batches), sum(b.real for b in batches)
         norm = self._update(loss_sum)
         self.state.tokens += real
         load = self.model.take_expert_load()

@@ -64,6 +64,9 @@ class OptimizationConfig:
     """Rows per micro-batch."""
     accumulation_steps: int = 1
     """Micro-batches per optimiser step; each token counts the same however they are split."""
+    micro_batch: int = 0
+    """Rows computed at once, fewer than batch_size where they suit the processor's cache better; 0: measured once. Each token counts the
+    same however they are split."""
     optimizer: str = "adamw"
     """adamw, or muon (matrices by Muon, everything else by AdamW)."""
     lr: float = 1e-3
@@ -86,6 +89,9 @@ class OptimizationConfig:
     """Largest gradient norm; 0: no clipping."""
     precision: str = "auto"
     """auto (measured once on this device), fp32, bf16 or fp16."""
+    compile: str = "auto"
+    """Compile the model's blocks (needs a C++ compiler): on, off, or auto: in pretraining of five minutes and more, if measured to be
+    faster."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device name."""
     threads: int = 0
@@ -115,7 +121,7 @@ class OptimizationConfig:
         """Raise UsageError for values that cannot work."""
         for name in ("batch_size", "accumulation_steps", "log_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("max_steps", "epochs", "max_minutes", "warmup_steps", "clip", "weight_decay", "checkpoint_every"):
+        for name in ("micro_batch", "max_steps", "epochs", "max_minutes", "warmup_steps", "clip", "weight_decay", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         require(self.lr > 0, "train.lr", self.lr, "above 0")
         require(self.max_steps > 0 or self.max_minutes > 0 or self.epochs > 0, "train.epochs", self.epochs, "above 0")
@@ -123,6 +129,7 @@ class OptimizationConfig:
             ("optimizer", ("adamw", "muon")),
             ("schedule", ("cosine", "linear", "wsd", "constant")),
             ("precision", ("auto", "fp32", "bf16", "fp16")),
+            ("compile", ("auto", "on", "off")),
         ):
             require(getattr(self, name) in known, f"train.{name}", getattr(self, name), " | ".join(known))
 

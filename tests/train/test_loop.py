@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,37 @@ def stopping(requests: list[StopRequest], at: int) -> Any:
         return lm_loss(model, batch)
 
     return loss
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_rows_computed_at_once_change_nothing(run: Fit, tmp_path: Path, kind: str) -> None:
+    """Guards tokens lost, counted twice or weighed by piece when a micro-batch is computed in parts, the last one smaller."""
+    whole, _ = run("whole", kind, batch_size=7, log_every=1, max_steps=4)
+    split, _ = run("split", kind, batch_size=7, log_every=1, max_steps=4, micro_batch=2)
+    for a, b in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "split"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["tokens"] == b["tokens"] and a["real_token_share"] == b["real_token_share"]
+    assert largest_difference(whole, split) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_learn_the_same(run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Guards a fast path that computes something else, or runs with blocks that are compiled for another shape; and one that is given up
+    or measured anew when the run is resumed."""
+    monkeypatch.setattr("train.speed.COMPILED_GAIN", 0.0)
+    options: dict[str, Any] = {"precision": precision, "log_every": 1, "compile": "on", "checkpoint_every": 4}
+    evaluate = lambda model: {"val_loss": float(model(torch.arange(9)[None]).logits.detach().sum()), "val_bpb": 1.0}  # noqa: E731
+    run("eager", **{**options, "compile": "off"}, evaluate=evaluate)
+    compiled, _ = run("compiled", **options, evaluate=evaluate)
+    tolerance = 1e-4 if precision == "fp32" else 0.02
+    for a, b in zip(rows_of(tmp_path / "eager"), rows_of(tmp_path / "compiled"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=tolerance) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance)
+    if precision == "fp32":
+        shutil.rmtree(tmp_path / "compiled" / "checkpoints" / "step_000008")
+        monkeypatch.setattr(loop, "try_compiled", None)
+        resumed, _ = run("compiled", **options, evaluate=evaluate, resume=True)
+        assert largest_difference(compiled, resumed) == 0.0
 
 
 @pytest.mark.parametrize(
