@@ -126,8 +126,8 @@ class _LinearCrossEntropy(ScaledGradients):
             for part in _chunks(hidden.shape[0]):
                 rows = hidden[part].to(dtype)
                 logits = rows @ head.T  # (chunk, V)
-                parts = [None if values is None else values[part] for values in (token_weights, hits)]
-                total += _losses(logits, targets[part, None], *parts, softcap, needs_hidden or needs_weight)
+                weights, right = (None if values is None else values[part] for values in (token_weights, hits))
+                total += _losses(logits, targets[part, None], weights, right, softcap, needs_hidden or needs_weight)
                 gradient = logits  # it was put in their place
                 if grad_hidden is not None:
                     grad_hidden[part] = gradient @ head
@@ -138,9 +138,7 @@ class _LinearCrossEntropy(ScaledGradients):
         return total
 
 
-def _losses(
-    logits: Tensor, wanted: Tensor, token_weights: Tensor | None, hits: Tensor | None, softcap: float, gradient: bool
-) -> Tensor:
+def _losses(logits: Tensor, wanted: Tensor, token_weights: Tensor | None, hits: Tensor | None, softcap: float, gradient: bool) -> Tensor:
     """Summed loss of logits (n, V), in fp32; with `gradient` d loss / d logits takes the place of the logits.
 
     On a CPU a few rows at a time, so that the fp32 copy of them stays in its cache over all passes.

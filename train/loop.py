@@ -6,6 +6,7 @@ refuse what is not finite, update, log, evaluate, save.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -174,7 +175,7 @@ class _Fit:
         at_once = f"; {self.state.at_once:,} positions at once" if self.state.at_once else ""
         self.log(f"precision {self.precision.name} ({self.precision.reason}){at_once}; {self.state.total_steps:,} steps")
         try:
-            with StopRequest().installed() as stop, compiled_passes(False), self._bar() as self.bar:
+            with StopRequest().installed() as stop, self._passes(compiled=False), self._bar() as self.bar:
                 interrupted = self._steps(stop)
         finally:
             undo_compiling(self.model)
@@ -246,8 +247,12 @@ class _Fit:
             self._trial(part)
 
     def _timed_trial(self, batch: Batch) -> float:
-        with compiled_passes(self.state.compiled):
+        with self._passes(compiled=True):
             return timed(lambda: self._trial_in_parts(batch), self.device)
+
+    def _passes(self, compiled: bool) -> contextlib.AbstractContextManager[Any]:
+        """Compiled blocks are for the training passes alone; without them there is nothing to switch (and no compiler to import)."""
+        return compiled_passes(compiled) if self.state.compiled else contextlib.nullcontext()
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The batch in as many rows at once as was decided."""
@@ -340,7 +345,7 @@ class _Fit:
         others: dict[str, float] = {}
         metrics: dict[str, list[float]] = {}
         for batch in micro:
-            with compiled_passes(self.state.compiled):
+            with self._passes(compiled=True):
                 with self.precision.autocast():
                     terms = self.loss_fn(self.model, batch.to(self.device))
                 losses = [term for term in terms if not term.metric]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def best_positions(batch: Batch, work: Callable[[Batch], Any], device: str, roun
     times: dict[int, float] = {}
     for turn in range(rounds + 1 if len(candidates) > 1 else 0):
         for count in candidates:
-            seconds = sum(timed(lambda part=part: work(part), device) for part in batch.split(count))
+            seconds = sum(timed(partial(work, part), device) for part in batch.split(count))
             if turn:  # the first round warms up
                 times[count] = min(seconds, times.get(count, seconds))
     fastest = min(times, key=lambda count: times[count], default=rows)
@@ -111,7 +112,7 @@ def try_compiled(model: SmartHaoAI, batches: list[Batch], work: Callable[[Batch]
     for turn in range(rounds + 1):
         for compiled in (False, True):
             with compiled_passes(compiled):
-                seconds = sum(timed(lambda batch=batch: work(batch), device) for batch in batches)
+                seconds = sum(timed(partial(work, batch), device) for batch in batches)
             if turn:
                 times[compiled] = min(seconds, times.get(compiled, seconds))
     gain = times[False] / times[True]
