@@ -17,6 +17,7 @@ from inference.command_switches import THINKING, memory, reasoning, show_steps, 
 from inference.commands import COMMANDS
 from inference.loading import newest_stage
 from inference.prompts import SmartPromptEngineer
+from inference.quantized import CHOICES
 from inference.repl import Repl
 from inference.sampling import SamplingSettings
 from inference.session import ChatSession
@@ -53,6 +54,7 @@ def make_parser(text: Callable[[str], str]) -> argparse.ArgumentParser:
     parser.add_argument("--tools", action="store_true", help=text("opt_tools"))
     parser.add_argument("--feedback", metavar="DIR", default="training_data", help=text("opt_feedback"))
     parser.add_argument("--device", help=text("opt_device"))
+    parser.add_argument("--quantize", choices=CHOICES, default="none", help=text("opt_quantize"))
     return parser
 
 
@@ -90,6 +92,7 @@ def main() -> int:
             enable_thinking=THINKING[arguments.thinking],
             reasoning_steps=arguments.reasoning_steps,
             reasoning_halt=arguments.reasoning_halt,
+            quantize=arguments.quantize,
             **given,
         )
 
@@ -114,7 +117,7 @@ def main() -> int:
         repl.ask(sys.stdin.read().strip("\n") if arguments.prompt == "-" else arguments.prompt)
         return repl.close()
     if interactive:
-        size = repl.session.model.num_parameters() / 1e6
+        size = repl.session.model.config.account().parameters / 1e6
         console.notice("ready", path=path.as_posix(), size=size, device=repl.session.engine.device)
         show_steps(repl)
     words = {f"/{name}": command.words for name, command in COMMANDS.items()}

@@ -32,6 +32,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "opt_show": ("完整显示思考过程", "show the thinking in full"),
     "opt_device": ("设备，如 cpu、cuda、mps", "device, such as cpu, cuda, mps"),
+    "opt_quantize": (
+        "CPU 上更快的权重形式：auto 为 fp32 与 bf16 中较快者，int8、int4 占内存最少",
+        "weights in a faster form on a CPU: auto is the faster of fp32 and bf16; int8 and int4 take the least memory",
+    ),
     "opt_help": ("显示本说明并退出", "show this help and exit"),
     "found": ("使用 {path}（最新完成的阶段）", "using {path} (the newest finished stage)"),
     "base": (

@@ -198,7 +198,7 @@ def model(repl: Repl, name: str) -> None:
         new = repl.open_session(path)
         new.take_over(session)
         repl.session, repl.model, repl.feedback.model = new, path, path.as_posix()
-    size = repl.session.model.num_parameters() / 1e6
+    size = repl.session.model.config.account().parameters / 1e6
     console.notice("ready", path=repl.model.as_posix(), size=size, device=repl.session.engine.device)
     show_steps(repl)
 

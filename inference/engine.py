@@ -28,6 +28,7 @@ from inference.sampling import SamplingSettings, prompt_seeds
 from model.cache import CacheSetting, KVCache
 from model.config import HaoAIConfig
 
+PREFILL_TOKENS = 512  # of a whole batch, fed at once on a CPU
 __all__ = ["Completion", "Engine", "Piece", "PromptCache", "generate_ids"]
 
 
@@ -79,7 +80,12 @@ class Engine:
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """Feed prompts ids (B, T), left-padded where mask (B, T) is 0; returns the next logits (B, V)."""
-        return self.feed(ids, cache, mask)[:, -1]
+        columns = max(1, PREFILL_TOKENS // len(ids))
+        if mask is not None or ids.shape[1] <= columns or ids.device.type != "cpu":
+            return self.feed(ids, cache, mask)[:, -1]
+        for part in ids.split(columns, dim=1):  # what a layer makes of so few tokens stays in the processor's cache
+            logits = self.feed(part, cache)
+        return logits[:, -1]
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token per row, tokens (B,); returns the next logits (B, V)."""

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from inference.quantized import is_prepared
+from inference.quantized import quantize as prepare
 from inference.sampling import SamplingSettings
 from model.adapter_files import adapter_base, is_adapter, load_adapter
 from model.checkpoint import GENERATION_FILE, find_model
 from model.device import find_device
-from model.lora import Adapter, use_adapter
+from model.lora import Adapter, merge, use_adapter
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 
@@ -45,6 +47,8 @@ class Adapters:
         """Switch to the adapter in a folder, or to none. FileNotFoundError, or ValueError when it was made for another base."""
         if path is None:
             use_adapter(self.model, None)
+        elif is_prepared(self.model):
+            raise ValueError(f"the adapter {path} needs a model whose weights are as they were trained: load it without quantize")
         else:
             folder = find_model(path)
             key = str(folder.resolve())
@@ -55,8 +59,11 @@ class Adapters:
         self.current = None if path is None else Path(path).as_posix()
 
 
-def load_stage(path: str | Path, device: str | torch.device | None, dtype: torch.dtype, settings: dict[str, Any]) -> Loaded:
+def load_stage(
+    path: str | Path, device: str | torch.device | None, dtype: torch.dtype, settings: dict[str, Any], quantize: str = "none"
+) -> Loaded:
     """settings: fields of SamplingSettings; the others come from generation_config.json, then from the defaults.
+    quantize: as in `inference.quantized`; an adapter is then merged into its base.
 
     Raises TypeError for an unknown setting, FileNotFoundError or ValueError for what cannot be loaded."""
     known = [field.name for field in dataclasses.fields(SamplingSettings)]
@@ -71,7 +78,14 @@ def load_stage(path: str | Path, device: str | torch.device | None, dtype: torch
     model.eval()
     has_tokenizer = (folder / "tokenizer.json").is_file()  # some adapters come without
     tokenizer = BPETokenizer.from_pretrained(folder if has_tokenizer else base)
-    return Loaded(model, tokenizer, sampling, None if base is folder else folder)
+    adapter = None if base is folder else folder
+    if quantize != "none":
+        if adapter is not None:
+            load_adapter(model, adapter)
+            merge(model)
+        prepare(model, quantize)
+        adapter = None
+    return Loaded(model, tokenizer, sampling, adapter)
 
 
 def preset_settings(path: Path) -> dict[str, Any]:

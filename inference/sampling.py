@@ -305,10 +305,16 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Nucleus sampling (Holtzman et al. 2020) on logits (B, V): in ascending order drop tokens while their cumulative
     probability is at most 1 - p; the likeliest always stays."""
-    ascending, order = torch.sort(logits, descending=False)
+    # What top-k left is all there is to sort; softmax and sums over the rest would add zeros.
+    left = int((logits > NEVER).sum(dim=-1).max()) if logits.device.type == "cpu" else logits.shape[-1]
+    if 0 < left <= logits.shape[-1] // 4:
+        descending, order = logits.topk(left)
+        ascending, order = descending.flip(-1), order.flip(-1)
+    else:
+        ascending, order = torch.sort(logits, descending=False)
     drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - p)
     drop[..., -1] = False
-    return logits.masked_fill(drop.scatter(1, order, drop), NEVER)
+    return logits.scatter(1, order, ascending.masked_fill(drop, NEVER))
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:

@@ -112,14 +112,15 @@ class ChatSession:
         enable_thinking: bool | None = None,
         reasoning_steps: int | None = None,
         reasoning_halt: float | None = None,
+        quantize: str = "none",
         **settings: Any,
     ) -> ChatSession:
         """Load a finished stage. settings are fields of SamplingSettings; those not given come from
         generation_config.json, then from the defaults. device None takes the GPU when there is one.
 
         reasoning_steps, reasoning_halt: as in `SmartHaoAI.set_reasoning`, which may be called between turns, too. Raises ValueError for
-        a model without a reasoning head."""
-        loaded = load_stage(path, device, dtype, settings)
+        a model without a reasoning head. quantize ("auto", "bf16", "int8", "int4"): faster on a CPU, see `inference.quantized`."""
+        loaded = load_stage(path, device, dtype, settings, quantize)
         loaded.model.set_reasoning(reasoning_steps, reasoning_halt)
         session = cls(loaded.model, loaded.tokenizer, system, enable_thinking, loaded.settings)
         if loaded.adapter is not None:

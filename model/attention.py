@@ -158,6 +158,7 @@ class SmartAttention(nn.Module):
         self.window = config.layer_window(layer)
         self.layer = layer
         self.dropout = config.attention_dropout
+        self.kernel = attend
         self.qkv_proj = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config.attention_bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -190,7 +191,7 @@ class SmartAttention(nn.Module):
         q, k, v = self._heads(x, context)
         if cache is not None:
             k, v = (held.to(q.dtype) for held in cache.append(k, v))
-        y = attend(q, k, v, mask, self.dropout, self.training, self.window)  # (B, H, T, D)
+        y = self.kernel(q, k, v, mask, self.dropout, self.training, self.window)  # (B, H, T, D)
         if self.gate_proj is not None:
             gate = 2 * torch.sigmoid(self.gate_proj(x).float())
             y = y * gate.view(B, T, H, -1).transpose(1, 2).to(y.dtype)
@@ -237,9 +238,7 @@ class SmartAttention(nn.Module):
         return v
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, training: bool, window: int | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, training: bool, window: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v with grouped heads: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D), by the fastest kernel.
 
     mask (B or 1, 1, T, S) additive; None: S = T with plain causality, or one query that sees all. dropout counts in training only.

@@ -74,10 +74,13 @@ class LayerCache:
         """Store (B, K, T, D) and return views of all that is held, (B, K, filled + T, D)."""
         end = self.filled + keys.shape[2]
         assert end <= self.size, "KVCache.prepare was not called for this block"
-        self.keys[: self.rows, :, self.filled : end] = keys
-        self.values[: self.rows, :, self.filled : end] = values
+        held = []
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            rows = buffer if self.rows == len(buffer) else buffer[: self.rows]
+            rows.narrow(2, self.filled, new.shape[2]).copy_(new)  # half the time of assigning to an index
+            held.append(rows.narrow(2, 0, end))
         self.filled = end
-        return self.keys[: self.rows, :, :end], self.values[: self.rows, :, :end]
+        return held[0], held[1]
 
     def put(self, row: int, other: LayerCache, source: int, end: int, count: int) -> int:
         """Let `row` end with the `count` tokens before slot `end` of a row of another layer, or with as many as that one still has.

@@ -147,7 +147,7 @@ class SmartHaoAI(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -197,7 +197,8 @@ class SmartHaoAI(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., C) after the final norm -> (..., V)."""
-        return capped(F.linear(states, self.head_weight), self.config.logit_softcap)
+        logits = F.linear(states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(states)
+        return capped(logits, self.config.logit_softcap)
 
     @torch.no_grad()
     def position_log_probs(self, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
@@ -273,7 +274,7 @@ class SmartHaoAI(nn.Module):
         at the end."""
         B, T = input_ids.shape
         device = input_ids.device
-        dtype = compute_dtype(self.embed_tokens.weight)
+        dtype = compute_dtype(self.norm.weight)
         start = 0
         key_valid = None if padding_mask is None or cache is not None else padding_mask.bool()
         if cache is not None:

@@ -146,6 +146,8 @@ class Documents:
 class PackedText:
     """Rows cut from the stream of shuffled documents: every position is real, documents may continue in the next row."""
 
+    apart = True
+    """Each row stands for itself: a batch may be computed in parts."""
     same_shapes = True
     """Batches have the shape of the first or of the last one of a run: worth compiling for."""
 
@@ -279,6 +281,8 @@ class FittedBlocks(ABC):
 
 class PackedConversations(FittedBlocks):
     """Whole conversations fitted into rows (exactly where possible, within blocks of documents); rows of like length share a batch."""
+
+    apart = True
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ from train.speed import (
     keep_freed_memory,
     try_compiled,
     undo_compiling,
+    usual_positions,
 )
 
 Evaluate = Callable[[SmartHaoAI], dict[str, float]]
@@ -86,7 +87,7 @@ class _Progress:
     preparing: float = 0.0
     """Seconds before the first step: measuring, compiling, and what the stage does."""
     at_once: int = 0
-    """Positions (rows times length) of a pass; 0: whole micro-batches."""
+    """Positions (rows times length) of a forward and backward pass; 0: the whole batch."""
     compiled: bool = False
 
     @property
@@ -200,14 +201,15 @@ class _Fit:
             first = self.batches.next_batch(0.0).to(self.device)
             self.batches.load_state_dict(cursor)
 
-        self.precision = choose_precision(train, self.device, lambda: self._trial(probe))
+        self.state.at_once = usual_positions(train.micro_batch, self.settings.data.max_length, self.device)
+        self.precision = choose_precision(train, self.device, lambda: self._trial_in_parts(probe))
         self.state.precision, self.state.precision_reason = self.precision.name, self.precision.reason
         self._prepare()
         if measured:
             shapes = [first, probe]
             with self.precision.autocast():
-                self._trial(probe)
-                per_step = timed(lambda: self._trial(probe), self.device) * train.accumulation_steps
+                self._trial_in_parts(probe)
+                per_step = self._timed_trial(probe) * train.accumulation_steps
                 self._plan_passes(shapes, train.max_minutes * 60 if timed_run else steps * per_step, same_shapes)
                 if timed_run:
                     times = [[self._timed_trial(batch) for batch in shapes] for _ in range(3)][1:]
@@ -220,9 +222,7 @@ class _Fit:
     def _plan_passes(self, shapes: list[Batch], seconds: float, same_shapes: bool) -> None:
         """Rows per pass and compiled blocks, where a run of that many seconds is long enough to earn back the time of trying."""
         train = self.train
-        if train.micro_batch:
-            self.state.at_once = train.micro_batch * self.settings.data.max_length
-        elif seconds > CALIBRATED:
+        if not train.micro_batch and self.device == "cpu" and seconds > CALIBRATED:
             self.state.at_once = best_positions(shapes[-1], self._trial, self.device)
         if train.compile == "on" or (train.compile == "auto" and seconds > COMPILED and same_shapes):
             self.state.compiled, said = try_compiled(self.model, shapes, self._trial_in_parts, self.device)

@@ -23,7 +23,10 @@ from model.transformer import SmartHaoAI
 from train.data import Batch
 from train.runtime import timed
 
-LEAST_POSITIONS = 512  # of a pass: with fewer, the matrix products are too small to be fast
+PASSES = (1024, 2048, 4096)
+"""Positions (rows times length) of a pass that may suit a CPU: with fewer the matrix products are too small to be fast, with more what
+they leave falls out of the cache."""
+USUAL_PASS = 2048  # where it is not measured
 CALIBRATED = 60.0  # seconds of a run from which on it is worth trying out rows per pass
 COMPILED = 300.0  # ... and compiled blocks, whose making takes up to half a minute
 COMPILED_GAIN = 1.05  # speed from which on they are kept
@@ -44,24 +47,27 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def best_positions(batch: Batch, work: Callable[[Batch], Any], device: str, rounds: int = 3) -> int:
-    """How many positions of `batch` (rows times length) to compute at once for the shortest time of all of it; `work` is a forward and a
-    backward pass.
+def usual_positions(micro_batch: int, length: int, device: str) -> int:
+    """Positions of a pass when nothing is measured: micro_batch rows of `length` if it is set, else what suits the device; 0: all."""
+    return micro_batch * length or (USUAL_PASS if device == "cpu" else 0)
 
-    Interleaved: every candidate is timed once a round. The whole batch wins unless another is clearly faster.
+
+def best_positions(batch: Batch, work: Callable[[Batch], Any], device: str, rounds: int = 3) -> int:
+    """How many positions of `batch` to compute at once for the shortest time of all of it; `work` is a forward and a backward pass.
+
+    Interleaved: every candidate is timed once a round. Of candidates that are about as fast the smallest wins: it needs less memory.
     """
     rows, length = batch.inputs["input_ids"].shape
-    candidates = [rows]
-    while batch.group and candidates[-1] % (2 * batch.group) == 0 and candidates[-1] // 2 * length >= LEAST_POSITIONS:
-        candidates.append(candidates[-1] // 2)
-    times: dict[int, float] = {}
+    known = [positions for positions in PASSES if positions // length < rows and positions >= length and batch.group]
+    candidates = known + [rows * length] * (rows * length <= PASSES[-1] or not known)
+    times = dict.fromkeys(candidates, float("inf"))
     for turn in range(rounds + 1 if len(candidates) > 1 else 0):
-        for count in candidates:
-            seconds = sum(timed(partial(work, part), device) for part in batch.split(count))
+        for positions in candidates:
+            seconds = sum(timed(partial(work, part), device) for part in batch.split(positions // length))
             if turn:  # the first round warms up
-                times[count] = min(seconds, times.get(count, seconds))
-    fastest = min(times, key=lambda count: times[count], default=rows)
-    return length * (fastest if times and times[rows] > 1.02 * times[fastest] else rows)
+                times[positions] = min(seconds, times[positions])
+    best = min(times.values())
+    return next(positions for positions in candidates if times[positions] <= 1.02 * best)
 
 
 def compiler_problem() -> str | None:

@@ -27,6 +27,7 @@ from train.loop import BUDGET_RESERVE, Evaluate, FitResult, Prepare, fit
 from train.losses import lm_loss
 from train.metrics import LossFunction, held_out_loss, write_report
 from train.runtime import choose_precision, describe_machine, device_name, format_minutes, seed_everything, timed, total_memory
+from train.speed import usual_positions
 from train.store import TokenStore, open_store
 from train.train_tokenizer import train_tokenizer
 
@@ -194,7 +195,9 @@ def print_plan(
             f"  adapter    {kind} of rank {settings.lora.r} on {names}: {learning:,} parameters learn, "
             f"{learning / account.parameters:.1%} of the model's, which is frozen"
         )
-    at_once = -(-train.batch_size * each // data.max_length)  # rows of a micro-batch
+    at_once = -(-train.batch_size * each // data.max_length)  # rows of a pass
+    if (limit := usual_positions(train.micro_batch, data.max_length, device)) and getattr(source, "apart", False):
+        at_once = min(at_once, max(1, limit // data.max_length))
     need = account.training_bytes(at_once, data.max_length, adapter=learning) + 4 * frozen
     there = total_memory() if device == "cpu" else None
     log(f"  memory     about {need / 2**20:,.0f} MiB for the step" + (f" of {there / 2**20:,.0f} MiB" if there else ""))

@@ -42,3 +42,12 @@ def assert_same_greedy(model: Any, prompt: list[int], ids: list[int], expected: 
     logits = model(torch.tensor([prompt + ids[:place]])).logits[:, -1]
     best, second = process_logits(logits, history, settings, Engine(model).end_tokens(settings)).topk(2).values[0].tolist()
     assert best - second < MARGIN, f"token {place} differs with a margin of {best - second:.2g}: {ids} is not {expected}"
+
+
+def greedy_by_full_forward(model, prompt, count):
+    """The slowest way that is right: no cache at all."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from generate_helpers import greedy_by_full_forward
 
 from inference.batching import Batcher
 from inference.engine import Engine, PromptCache
@@ -13,14 +14,6 @@ from inference.sampling import SamplingSettings
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=12, eos_token_id=[])
 WINDOWS = {"use_sliding_window": True, "window_size": 4, "window_pattern": "SL"}
 PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17, 18], [40], [60, 61, 62, 63, 64]]
-
-
-def greedy_by_full_forward(model, prompt, count):
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "tie_word_embeddings": False}, WINDOWS])

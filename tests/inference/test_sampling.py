@@ -237,3 +237,18 @@ def test_processed_logits_equal_transformers(seed):
         min_p=0.02,
     )
     assert torch.equal(process_logits(logits, history, settings), theirs)
+
+
+@pytest.mark.parametrize("k", [1, 5, 300])
+def test_top_p_of_what_top_k_left_equals_a_sort_of_everything(k):
+    """Guards: candidates, to save a sort, that are too few or come back at the places of others."""
+    logits = 3 * torch.randn(6, 2000)
+    logits[0, :7] = 20.0  # ties with the k-th stay
+    left = keep_top_k(logits, k)
+    ascending, order = left.double().sort(dim=-1)
+    drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - 0.8
+    drop[:, -1] = False
+    found = keep_top_p(left, 0.8)
+    assert torch.equal(found.isfinite().sum(dim=-1), (~drop & ascending.isfinite()).sum(dim=-1))
+    assert torch.equal(found[1:], left.masked_fill(drop.scatter(1, order, drop), -torch.inf)[1:])
+    assert torch.equal(found[found.isfinite()], left[found.isfinite()])
