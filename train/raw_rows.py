@@ -106,14 +106,17 @@ def _damage(path: Path) -> tuple[type[BaseException], ...]:
     return (*errors, _optional("zstandard", path).ZstdError) if path.suffix.lower() == ".zst" else errors
 
 
-def _optional(package: str, path: Path) -> Any:
+def optional_package(package: str, what: str) -> Any:
+    """A package of the extra `data`. ValueError says how to install it: "<what> needs the package ..."."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
         name = package.partition(".")[0]
-        raise ValueError(
-            f"{path}: reading {path.suffix} files needs the package {name}: install the extra `data`, or run `pip install {name}`"
-        ) from error
+        raise ValueError(f"{what} needs the package {name}: install the extra `data`, or run `pip install {name}`") from error
+
+
+def _optional(package: str, path: Path) -> Any:
+    return optional_package(package, f"{path}: reading {path.suffix} files")
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, str, str | None]]:
