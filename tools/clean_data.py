@@ -7,7 +7,7 @@ go; Unicode is repaired (Chinese punctuation stays) and, with --simplified, trad
 lines of web pages go; rows that are damaged, short, long, mostly signs, or say the same again and again go; so do rows that hold a
 question of --against; last, of rows that are the same or nearly the same, all but the first. Read = kept + reported, always.
 
-Memory does not grow with the texts, but by about 30 bytes a row, 16 a signature and 500 a duplicate; the cleaned rows, and 280 bytes a row of
+Memory does not grow with the texts, but by about 30 bytes a row, 16 a signature, 500 a duplicate; the cleaned rows, and 280 bytes a row of
 signatures, wait on disk beside OUT. Exit status: 0; 1 when no row is left, or with --strict one is unreadable; 2 for a wrong
 command line.
 """
