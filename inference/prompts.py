@@ -185,7 +185,7 @@ def load_templates(path: str | Path) -> list[PromptTemplate]:
     path = Path(path)
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must hold a list of templates, each with name, description and template")

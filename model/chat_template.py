@@ -153,6 +153,7 @@ def turn_ending(template: str, tokens: Mapping[str, str]) -> str:
 
 
 _MARK = "generation_mark"
+LARGEST_PRODUCT = 1_000_000  # characters or items that a template may make by repeating
 
 
 class _GenerationMarks(Extension):
@@ -170,11 +171,23 @@ class _GenerationMarks(Extension):
         return mark + caller() + mark
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox keeps a template from the program's objects; this also from the machine's memory in one short product or power."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        repeated = next((len(one) for one in (left, right) if isinstance(one, (str, list, tuple))), 0)
+        numbers = [abs(one) for one in (left, right) if isinstance(one, int)]
+        too_large = any(number.bit_length() > 64 for number in numbers) or operator == "**" and max(numbers, default=0) > 1000
+        if too_large or repeated * max(numbers, default=0) > LARGEST_PRODUCT:
+            raise TemplateError(f"a result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -76,7 +76,7 @@ def read_names(folder: Path, backend: Tokenizer) -> TokenNames:
         bos, pad, unk = (_known(backend, config.get(f"{name}_token")) for name in ("bos", "pad", "unk"))
         names = TokenNames(eos, end, pad or end, bos, unk)
     _set_beginning(backend, names.bos, config.get("add_bos_token"))
-    stops = [backend.id_to_token(i) for i in _end_ids(folder)]
+    stops = [backend.id_to_token(i) for i in _end_ids(folder) if 0 <= i < 1 << 32]
     extra = dict.fromkeys(token for token in stops if token is not None and token not in (names.eos, names.document_end))
     return TokenNames(names.eos, names.document_end, names.pad, names.bos, names.unk, tuple(extra))
 

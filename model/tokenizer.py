@@ -151,12 +151,16 @@ class BPETokenizer:
             )
         try:
             backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the Rust library raises plain Exception
+        except BaseException as error:  # the Rust library raises plain Exception, and of a damaged file its panic, which is not even that
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
         try:
             return cls(backend, read_template(file.parent), read_names(file.parent, backend))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        except Exception as error:  # again the library, where the tokenizer is put together anew
+            raise ValueError(f"{file} is not a usable tokenizer: {error}") from error
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""

@@ -104,11 +104,25 @@ def test_nothing_unsafe_or_silent(path: Path) -> None:
                 "eval",
                 "exec",
                 "torch.load",
+                "yaml.load",
+                "yaml.load_all",
+                "yaml.full_load",
+                "yaml.unsafe_load",
+                "shutil.unpack_archive",
+                "jinja2.Environment",
+                "jinja2.Template",
+                "Environment",
+                "Template",
                 "warnings.filterwarnings",
                 "warnings.simplefilter",
                 "os.system",
             ) or any(keyword.arg == "shell" and getattr(keyword.value, "value", False) is True for keyword in node.keywords):
                 wrong.append(f"line {node.lineno}: calls {called}")
+            trusting = {("allow_pickle", True), ("trust_remote_code", True), ("weights_only", False)}
+            given = {(keyword.arg, getattr(keyword.value, "value", None)) for keyword in node.keywords}
+            wrong += [f"line {node.lineno}: {name}={value}" for name, value in trusting & given]
+            if isinstance(node.func, ast.Attribute) and node.func.attr in ("extractall", "extract"):
+                wrong.append(f"line {node.lineno}: unpacks an archive, whose members could leave their folder")
             if called in ("sys.path.insert", "sys.path.append", "sys.path.extend"):
                 wrong.append(f"line {node.lineno}: edits sys.path")
         elif isinstance(node, (ast.Assign, ast.AugAssign)):

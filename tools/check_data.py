@@ -132,10 +132,10 @@ def _check_token_file(report: FileReport) -> None:
 
 
 def _measure(report: FileReport, sample: Sample, tokens: int | None) -> None:
-    text = "\n".join(_strings(sample))
+    text = "\n".join(strings(sample))
     report.characters.append(len(text))
     report.languages[language_of(text)] += 1
-    digest = hashlib.blake2b(_identity(sample).encode("utf-8"), digest_size=8).digest()
+    digest = hashlib.blake2b(identity(sample).encode("utf-8"), digest_size=8).digest()
     report.hashes.append(int.from_bytes(digest, "big"))
     if tokens is not None:
         report.tokens.append(tokens)
@@ -162,7 +162,8 @@ def _messages(sample: Sample) -> Iterator[dict[str, Any]]:
         yield from (*sample.prompt, *sample.completion)
 
 
-def _strings(sample: Sample) -> Iterator[str]:
+def strings(sample: Sample) -> Iterator[str]:
+    """Every text of a sample: what is said, reasoned and called."""
     if isinstance(sample, Text):
         yield sample.text
     for message in _messages(sample):
@@ -170,7 +171,8 @@ def _strings(sample: Sample) -> Iterator[str]:
         yield from (json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ()))
 
 
-def _identity(sample: Sample) -> str:
+def identity(sample: Sample) -> str:
+    """Equal for samples that are the same row."""
     parts = [sample.text] if isinstance(sample, Text) else list(_messages(sample))
     return json.dumps([type(sample).__name__, getattr(sample, "label", None), parts], ensure_ascii=False, sort_keys=True)
 

@@ -151,7 +151,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"settings file {path} does not exist")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"settings file {path}: {error}") from error
     if data is None:
         return {}

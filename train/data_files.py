@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,15 @@ def read_token_ids(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
     if path.suffix.lower() == ".npy":
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except (
+            ValueError,
+            EOFError,
+            SyntaxError,
+            TypeError,
+            OverflowError,
+            MemoryError,
+            tokenize.TokenError,
+        ) as error:  # from its Python-like header
             raise ValueError(f"{path} is not a plain .npy array ({error})") from error
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
             raise ValueError(f"{path} holds shape {ids.shape} of {ids.dtype}, expected a non-empty 1-D array of integers")

@@ -90,14 +90,61 @@ def _stream_rows(path: Path, suffix: str) -> Iterator[RawRow]:
 def _open_binary(path: Path) -> io.BufferedReader:
     compression = split_suffix(path)[1]
     if compression == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"), 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(_Steps(gzip.open(path, "rb")), 1 << 20)
     if compression == ".xz":
-        return io.BufferedReader(lzma.open(path, "rb"), 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(_Steps(lzma.open(path, "rb")), 1 << 20)
     if compression == ".zst":
-        zstandard = _optional("zstandard", path)
-        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)  # closes its source
-        return io.BufferedReader(frames, 1 << 20)
+        return io.BufferedReader(_Steps(_ZstandardFile(path)), 1 << 20)
     return open(path, "rb")
+
+
+class _Steps(io.RawIOBase):
+    """A decompressor read one step at a time: what stands before a damage is delivered before the damage is met."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+class _ZstandardFile:
+    """A .zst file of one or more frames. The package's own reader takes a file that is cut off for a whole one."""
+
+    _PIECE = 1024  # bytes; one of them can become a thousand blocks of 128 KiB
+
+    def __init__(self, path: Path) -> None:
+        self._decompressor = _optional("zstandard", path).ZstdDecompressor()
+        self._file = open(path, "rb")
+        self._frame: Any = None
+        self._left = self._ready = b""
+
+    def read1(self, count: int) -> bytes:
+        while not self._ready:
+            data = self._left or self._file.read(self._PIECE)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return b""
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._ready = self._frame.decompress(data)
+            self._left = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        data, self._ready = self._ready[:count], self._ready[count:]
+        return data
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _damage(path: Path) -> tuple[type[BaseException], ...]:
@@ -106,14 +153,17 @@ def _damage(path: Path) -> tuple[type[BaseException], ...]:
     return (*errors, _optional("zstandard", path).ZstdError) if path.suffix.lower() == ".zst" else errors
 
 
-def _optional(package: str, path: Path) -> Any:
+def optional_package(package: str, what: str) -> Any:
+    """A package of the extra `data`. ValueError says how to install it: "<what> needs the package ..."."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
         name = package.partition(".")[0]
-        raise ValueError(
-            f"{path}: reading {path.suffix} files needs the package {name}: install the extra `data`, or run `pip install {name}`"
-        ) from error
+        raise ValueError(f"{what} needs the package {name}: install the extra `data`, or run `pip install {name}`") from error
+
+
+def _optional(package: str, path: Path) -> Any:
+    return optional_package(package, f"{path}: reading {path.suffix} files")
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, str, str | None]]:
@@ -314,14 +364,15 @@ def _document_rows(path: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
     parquet = _optional("pyarrow.parquet", path)
+    number = 0
     try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's ArrowInvalid
-        yield RawRow(path, 1, error=f"not a parquet file ({error})")
-        return
-    with file:
-        number = 0
-        for batch in file.iter_batches(batch_size=256):
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow(path, number, value)
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield RawRow(path, number, value)
+            if number != file.metadata.num_rows:
+                raise ValueError(f"it holds {number:,} rows, its end says {file.metadata.num_rows:,}")
+    except (ValueError, OSError, OverflowError, NotImplementedError) as error:  # pyarrow's ArrowInvalid and what a damaged page becomes
+        what = "not a parquet file" if not number else "parquet file is damaged, the rest of it was not read"
+        yield RawRow(path, number + 1, error=f"{what} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")

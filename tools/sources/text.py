@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from train.cleaning import repair
 
 Turns = list[dict[str, str]]  # [{"role", "content"}, ...]
 
@@ -24,31 +25,6 @@ class Unit:
     priority: int = 0
 
 
-# Full-width letters and digits become ASCII; Chinese punctuation (also in that block) stays what it is.
-_WIDTH = {code: chr(code - 0xFEE0) for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
-_ODD = {
-    0x3000: " ",
-    0xA0: " ",
-    0xFF0E: ".",
-    0xFF05: "%",
-    0xFF0F: "/",
-    0xFF0D: "-",
-    0xFE50: "，",
-    0xFE51: "、",
-    0xFE52: "。",
-    0xFE54: "；",
-    0xFE55: "：",
-    0xFF61: "。",
-    0xFF64: "、",
-    0x2022: "·",
-    0x30FB: "·",
-    0xFF65: "·",
-    0x2028: "\n",
-    0x2029: "\n",
-    0x85: "\n",
-}
-_TABLE = {**_WIDTH, **_ODD}
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffc\ufffd]")
 _HAN = "\u4e00-\u9fff"
 _NEXT_TO_HAN = re.compile(f"(?<=[{_HAN}”》）])\\s*([,;:?!])\\s*|([,;:?!])\\s*(?=[{_HAN}“《])")
 _FULL = str.maketrans(",;:?!", "，；：？！")
@@ -70,8 +46,7 @@ LINK = re.compile(r"https?:|www\.|\.(com|cn|net|org)\b|@|\bQQ\b|\d{7,}", re.IGNO
 
 def tidy(text: str) -> str:
     """Composed Unicode, ASCII letters and digits, Chinese punctuation kept, no control characters, no stray space or empty lines."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
-    text = _HIDDEN.sub("", text.replace("\t", " "))
+    text = repair(text).replace("\t", " ").replace("\u200d", "")
     lines = (re.sub(r" {2,}", " ", line).strip() for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
