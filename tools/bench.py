@@ -4,6 +4,7 @@
     python -m tools.bench decode  [--batches 1 8 32] [--prompt 64] [--new 128] [--precision bf16 fp32] [--against transformers llama.cpp]
     python -m tools.bench prefill [--prompts 512 2048]
     python -m tools.bench experts                       # mixture of experts beside the dense model, sliding window beside full attention
+    python -m tools.bench quality --train TEXT... --val TEXT...   # bits per byte after 10 minutes, and after a twentieth of that
     python -m tools.bench start                         # import, --help, first answer
     python -m tools.bench gpu --out DIR                 # training at 0.1B and 0.4B and decoding on CUDA, all of it recorded
 
@@ -51,6 +52,17 @@ def make_parser() -> argparse.ArgumentParser:
     experts = commands.add_parser("experts", help="what experts and windows cost per token, beside the dense, full model")
     experts.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
     experts.add_argument("--seconds", type=float, default=3.0)
+    quality = commands.add_parser("quality", help="bits per byte of held-out text after so many minutes of training")
+    quality.add_argument("variants", nargs="*", metavar="VARIANT", help="one more row of ours: words of train_pretrain, joined by commas")
+    quality.add_argument("--train", nargs="+", required=True, metavar="FILE", help="text to learn from")
+    quality.add_argument("--val", nargs="+", required=True, metavar="FILE", help="text that is not learned from")
+    quality.add_argument("--tokenizer", metavar="DIR", help="default: one of 6400 tokens is trained from --train first")
+    quality.add_argument("--minutes", type=float, nargs="+", default=[10.0, 0.5], help="budgets of ours")
+    quality.add_argument("--peer-minutes", type=float, help="budget of the others (default: the first of ours)")
+    quality.add_argument("--context", type=int, default=340, help="length of the windows that are scored")
+    quality.add_argument("--limit-kb", type=int, default=400, help="how much of each --val file is scored")
+    quality.add_argument("--against", nargs="*", default=["plain"], choices=("plain",), metavar="PEER")
+    quality.add_argument("--out", default="weight/bench_quality", metavar="DIR", help="where the models and the token store go")
     start = commands.add_parser("start", help="seconds from the command to the first answer")
     start.add_argument("--modules", type=int, default=12, help="how many of the slowest imports are named")
     start.add_argument("--model", default=None, help="checkpoint for the first answer; default: random weights of --shape")
@@ -62,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument("--batch", type=int, default=16, help="rows of 1024 tokens in a training step")
     gpu.add_argument("--length", type=int, default=1024)
     gpu.add_argument("--seconds", type=float, default=5.0)
-    for one in (train, experts):
+    for one in (train, experts, quality):
         one.add_argument("--own", nargs="*", default=[], metavar="WORD", help="words of train_pretrain for all rows of ours")
     for one in (decode, prefill):
         one.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="rows of ours")
@@ -72,7 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     for one, peers in ((train, TRAIN_PEERS), (decode, DECODE_PEERS), (prefill, DECODE_PEERS)):
         one.add_argument("--against", nargs="*", default=list(peers), choices=peers, metavar="PEER", help=f"of: {', '.join(peers)}")
     for one in commands.choices.values():
-        one.add_argument("--shape", default="known", help="known, mark, a preset, or fields: layers=8,width=512,...")
+        shape = "mark" if one is quality else "known"
+        one.add_argument("--shape", default=shape, help=f"known, mark, a preset, or fields: layers=8,width=512,... (default {shape})")
         one.add_argument("--rounds", type=int, default=3)
         one.add_argument("--threads", type=int, default=0, help="0: as torch decides")
         one.add_argument("--json", metavar="FILE", help="write all figures there, too")

@@ -39,11 +39,14 @@ class Batch:
     """Rows that have to be computed together: 1 where each stands for itself; 0: all of them."""
 
     def split(self, rows: int) -> list[Batch]:
-        """The same in pieces of at most `rows` rows, whose `weights`, `positions` and `real` are those of the whole."""
+        """The same in equal pieces of at most `rows` rows (the last may be smaller), whose `weights`, `positions` and `real` are those of
+        the whole."""
         count = len(self.inputs["input_ids"])
         if not self.group or rows >= count:
             return [self]
         rows = max(rows // self.group, 1) * self.group
+        equal = -(-count // -(-count // rows))
+        rows = -(-equal // self.group) * self.group
         pieces = []
         for start in range(0, count, rows):
             inputs, extra = ({name: value[start : start + rows] for name, value in part.items()} for part in (self.inputs, self.extra))

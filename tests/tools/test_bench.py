@@ -279,3 +279,22 @@ def test_all_commands_are_there() -> None:
     parser = bench.make_parser()
     commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
     assert set(commands) == set(runs.RUNS)
+
+
+def test_quality_of_both_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: programs that are measured on other text than was said, or a plain model that loses its weights on the way to the disk."""
+    files = []
+    for name, rows in (("train", range(400)), ("held_out", range(400, 420))):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": f"{row} and {row} are {2 * row}. " * 5}) + "\n" for row in rows), encoding="utf-8")
+        files.append(str(file))
+    shape = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.head_dim=16", "data.max_length=64", "train.batch_size=4"]
+    words = ["quality", "--train", files[0], "--val", files[1], "--minutes", "0.05", "--shape", TINY, "--context", "64"]
+    out = tmp_path / "out.json"
+    status = bench.main([*words, "--own", *shape, "--out", str(tmp_path / "runs"), "--json", str(out)], isolated=False)
+    assert status == 0 and "held_out.jsonl, bits/byte" in capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert set(rows) == {"ours, 0.05 minutes", "plain fp32"}
+    for row in rows.values():
+        assert row["steps"] > 0 and row["tokens"] > 0 and 0 < row["bits_per_byte"]["held_out.jsonl"] < 8
+    assert rows["plain fp32"]["bits_per_byte"]["held_out.jsonl"] < 5  # untrained weights would give log2(V) bits a token, 7 a byte

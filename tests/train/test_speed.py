@@ -18,12 +18,13 @@ def batch_of(rows: int, length: int, group: int = 1) -> Batch:
     return Batch({"input_ids": ids, "labels": ids}, {"tokens": 1.0}, rows * length, rows * length, {"each": ids[:, 0]}, group)
 
 
-@pytest.mark.parametrize(("rows", "group", "count"), [(3, 1, 3), (7, 2, 2), (1, 2, 4), (99, 1, 1), (2, 0, 1)])
+@pytest.mark.parametrize(("rows", "group", "count"), [(3, 1, 3), (7, 2, 2), (4, 1, 2), (1, 2, 4), (99, 1, 1), (2, 0, 1)])
 def test_split(rows: int, group: int, count: int) -> None:
     """Guards rows that are lost or torn from their group."""
     whole = batch_of(7 if group != 2 else 8, 4, group)
     pieces = whole.split(rows)
     assert len(pieces) == count
+    assert len({len(piece.inputs["input_ids"]) for piece in pieces[:-1]}) <= 1
     for name in ("input_ids", "labels"):
         assert torch.equal(torch.cat([piece.inputs[name] for piece in pieces]), whole.inputs[name])
     assert torch.equal(torch.cat([piece.extra["each"] for piece in pieces]), whole.extra["each"])

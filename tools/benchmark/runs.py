@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,14 @@ import torch
 from model.checkpoint import find_model, load_config
 from model.config import HaoAIConfig
 from model.files import atomic_write_text
+from model.tokenizer import BPETokenizer
 from tools.benchmark import decoding, starting, training
 from tools.benchmark import gpu as gpu_rows
 from tools.benchmark.machine import Ceilings
 from tools.benchmark.measure import Measured, Row, Turn, ratios, run_once, summary, take_turns
+from tools.benchmark.plain import PlainSettings
+from tools.benchmark.quality import Task, make_tokenizer, ours, plain
+from tools.benchmark.quality import text as quality_text
 from tools.benchmark.report import Result, finish
 from tools.benchmark.shapes import Workplace, parse_shape, prepare, with_model_words
 from train.config import UsageError
@@ -215,6 +221,26 @@ def experts(options: argparse.Namespace, folder: Path, isolated: bool, words: Se
     return finish(results, words, options.json)
 
 
+def quality(options: argparse.Namespace, folder: Path, isolated: bool, words: Sequence[str]) -> int:
+    out = Path(options.out)
+    tokenizer = Path(options.tokenizer) if options.tokenizer else make_tokenizer(options.train, out / "tokenizer", 6400)
+    task = Task(options.train, list(map(Path, options.val)), tokenizer, out, options.context, options.limit_kb * 1000, options.threads)
+    task.open()  # tokenised once for all
+    rows = [ours(task, f"ours, {minutes:g} minutes", minutes, options.own) for minutes in options.minutes]
+    for variant in options.variants:
+        rows.append(ours(task, f"ours {variant}", options.minutes[0], [*options.own, *variant.split(",")]))
+    if "plain" in options.against:
+        vocabulary = BPETokenizer.from_pretrained(tokenizer).vocab_size
+        config = replace(parse_shape(options.shape, max(options.context, PlainSettings.row_length)), vocab_size=vocabulary)
+        rows.append(plain(task, config, options.peer_minutes or options.minutes[0]))
+    print(f"{describe_machine('cpu')}; {time.strftime('%Y-%m-%d %H:%M')}\n  {shlex.join(['python', '-m', 'tools.bench', *words])}\n")
+    print(quality_text(rows))
+    if options.json:
+        found = {"machine": describe_machine("cpu"), "rows": [asdict(row) for row in rows]}
+        atomic_write_text(Path(options.json), json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    return 0
+
+
 def start(options: argparse.Namespace, folder: Path, isolated: bool, words: Sequence[str]) -> int:
     """Programs from the command to their end; what each import takes."""
     model = Path(options.model) if options.model else prepare(folder / "start", parse_shape(options.shape, TRAIN_CONTEXT)).model
@@ -269,6 +295,7 @@ RUNS: dict[str, Callable[[argparse.Namespace, Path, bool, Sequence[str]], int]] 
     "decode": decode,
     "prefill": prefill,
     "experts": experts,
+    "quality": quality,
     "start": start,
     "gpu": gpu,
 }
