@@ -40,11 +40,13 @@ from train.runtime import (
 from train.speed import (
     CALIBRATED,
     COMPILED,
+    COMPILED_GAIN,
     best_positions,
     compile_blocks,
     compiled_passes,
     compiler_problem,
     keep_freed_memory,
+    return_freed_memory,
     try_compiled,
     undo_compiling,
     usual_positions,
@@ -216,6 +218,7 @@ class _Fit:
                     per_step = sum(map(min, zip(*times, strict=True))) / len(shapes) * train.accumulation_steps
         torch.set_rng_state(random)
         self.model.take_expert_load()  # of the trials
+        return_freed_memory()
         self.state.preparing = time.perf_counter() - began
         self.state.total_steps = max(1, int(self._budget * BUDGET_RESERVE / per_step)) if timed_run else steps
 
@@ -225,7 +228,8 @@ class _Fit:
         if not train.micro_batch and self.device == "cpu" and seconds > CALIBRATED:
             self.state.at_once = best_positions(shapes[-1], self._trial, self.device)
         if train.compile == "on" or (train.compile == "auto" and seconds > COMPILED and same_shapes):
-            self.state.compiled, said = try_compiled(self.model, shapes, self._trial_in_parts, self.device)
+            least = 0.0 if train.compile == "on" else COMPILED_GAIN
+            self.state.compiled, said = try_compiled(self.model, shapes, self._trial_in_parts, self.device, least)
             self.log(said)
 
     def _compile_again(self) -> None:

@@ -47,6 +47,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """After trials that needed more than a step does: back to the system with what `keep_freed_memory` kept of them."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def usual_positions(micro_batch: int, length: int, device: str) -> int:
     """Positions of a pass when nothing is measured: micro_batch rows of `length` if it is set, else what suits the device; 0: all."""
     return micro_batch * length or (USUAL_PASS if device == "cpu" else 0)
@@ -97,9 +103,11 @@ def compiled_passes(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("default" if wanted else "force_eager")
 
 
-def try_compiled(model: SmartHaoAI, batches: list[Batch], work: Callable[[Batch], Any], device: str, rounds: int = 3) -> tuple[bool, str]:
+def try_compiled(
+    model: SmartHaoAI, batches: list[Batch], work: Callable[[Batch], Any], device: str, least_gain: float = COMPILED_GAIN, rounds: int = 3
+) -> tuple[bool, str]:
     """Compile the blocks and measure them against the uncompiled ones on batches of each shape that will come. Returns whether they are
-    used from now on, and why, in words."""
+    used from now on, and why, in words: not when they do not work here, or bring less than `least_gain`."""
     problem = compiler_problem()
     if problem is not None:
         advice = "install a C++ compiler (g++, clang, MSVC) for about 1.3x the speed; train.compile=off hides this line"
@@ -123,7 +131,7 @@ def try_compiled(model: SmartHaoAI, batches: list[Batch], work: Callable[[Batch]
                 times[compiled] = min(seconds, times.get(compiled, seconds))
     gain = times[False] / times[True]
     said = f"compiled blocks measured {gain:.2f}x the speed of uncompiled ones, after a warm-up of {warm_up:.0f} s"
-    if gain < COMPILED_GAIN:
+    if gain < least_gain:
         undo_compiling(model)
         return False, f"{said}: not used"
     return True, said

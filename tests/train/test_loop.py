@@ -175,7 +175,6 @@ def test_rows_computed_at_once_change_nothing(run: Fit, tmp_path: Path, kind: st
 def test_compiled_blocks_learn_the_same(run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """Guards a fast path that computes something else, or runs with blocks that are compiled for another shape; and one that is given up
     or measured anew when the run is resumed."""
-    monkeypatch.setattr("train.speed.COMPILED_GAIN", 0.0)
     options: dict[str, Any] = {"precision": precision, "log_every": 1, "compile": "on", "checkpoint_every": 4}
     evaluate = lambda model: {"val_loss": float(model(torch.arange(9)[None]).logits.detach().sum()), "val_bpb": 1.0}  # noqa: E731
     run("eager", **{**options, "compile": "off"}, evaluate=evaluate)
