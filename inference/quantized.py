@@ -282,13 +282,13 @@ class PreparedNorm(nn.Module):
         return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.smallest)).mul_(self.weight)
 
 
-def half_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, training: bool, window: int | None = None) -> Tensor:
+def half_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, whole: bool, window: int | None = None) -> Tensor:
     """`model.attention.attend` for prompts: products in bf16, of so few queries at once that their scores stay in the processor's cache,
     and with none of the keys behind the last of them."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     if T == 1:
-        return attend(q, k, v, mask, dropout, training, window)
+        return attend(q, k, v, mask, dropout, whole, window)
     scaled = (q * D**-0.5).bfloat16().view(B, K, H // K, T, D)
     keys, values = k.bfloat16().transpose(2, 3), v.bfloat16()
     pieces = []

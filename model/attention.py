@@ -191,7 +191,8 @@ class SmartAttention(nn.Module):
         q, k, v = self._heads(x, context)
         if cache is not None:
             k, v = (held.to(q.dtype) for held in cache.append(k, v))
-        y = self.kernel(q, k, v, mask, self.dropout, self.training, self.window)  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = self.kernel(q, k, v, mask, dropout, cache is None, self.window)  # (B, H, T, D)
         if self.gate_proj is not None:
             gate = 2 * torch.sigmoid(self.gate_proj(x).float())
             y = y * gate.view(B, T, H, -1).transpose(1, 2).to(y.dtype)
@@ -238,13 +239,13 @@ class SmartAttention(nn.Module):
         return v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, training: bool, window: int | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, whole: bool, window: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v with grouped heads: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D), by the fastest kernel.
 
-    mask (B or 1, 1, T, S) additive; None: S = T with plain causality, or one query that sees all. dropout counts in training only.
+    mask (B or 1, 1, T, S) additive; None: S = T with plain causality, or one query that sees all. whole: the keys are
+    those of the queries and not of a cache; then training and evaluation agree to the last bit (a first ratio of 1, a first KL of 0).
     window: what the mask allows at most, for kernels that can leave out the rest.
     """
-    dropout = dropout if training else 0.0
     B, H, T, D = q.shape
     K = k.shape[1]
     causal = mask is None and T > 1
@@ -252,7 +253,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
         # One query: the heads of a group become rows of one product, so that keys and values are read once per group.
         y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask, dropout_p=dropout)
         return y.view(B, H, T, D)
-    if training and q.device.type == "cpu" and not dropout and k.shape[2] == T:
+    if whole and q.device.type == "cpu" and not dropout:
         return blocked_attention(q, k, v, mask, window)
     if K < H:
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)

@@ -83,7 +83,8 @@ class CrossAttention(nn.Module):
         B, T, _ = x.shape
         k, v = held
         q = self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2))
-        y = attend(rotate(q, context.cos, context.sin).to(v.dtype), k, v, mask, self.dropout, self.training)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(rotate(q, context.cos, context.sin).to(v.dtype), k, v, mask, dropout, k.shape[2] == T)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

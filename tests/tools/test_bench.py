@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from model import SmartHaoAI
+from model import BPETokenizer, SmartHaoAI
 from model.config import HaoAIConfig
 from tools import bench
-from tools.benchmark import decoding, gpu, measure, plain, runs, shapes, training
+from tools.benchmark import decoding, gpu, measure, plain, quality, runs, shapes, training
 from tools.benchmark.machine import Ceilings
 from tools.benchmark.measure import Check, Measured, Missing, Row, Turn, ratios, take_turns
 from tools.benchmark.report import Result
@@ -297,4 +297,15 @@ def test_quality_of_both_programs(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(rows) == {"ours, 0.05 minutes", "plain fp32"}
     for row in rows.values():
         assert row["steps"] > 0 and row["tokens"] > 0 and 0 < row["bits_per_byte"]["held_out.jsonl"] < 8
-    assert rows["plain fp32"]["bits_per_byte"]["held_out.jsonl"] < 5  # untrained weights would give log2(V) bits a token, 7 a byte
+
+
+def test_the_plain_model_on_disk(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> None:
+    """Guards: a plain model that is measured with other weights than it was trained to."""
+    config = shapes.parse_shape(f"{TINY[: TINY.rindex('=')]}={tiny_tokenizer.vocab_size}", 128)
+    run = plain.PlainRun.of(config)
+    ids = torch.randint(tiny_tokenizer.vocab_size, (2, 9))
+    run.step(ids, ids)
+    quality.save(run, config, tiny_tokenizer, tmp_path / "plain")
+    written = SmartHaoAI.from_pretrained(tmp_path / "plain").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(written(ids).logits, run.model(ids), rtol=1e-4, atol=1e-5)
