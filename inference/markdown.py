@@ -19,7 +19,7 @@ import unicodedata
 RESET, BOLD, ITALIC, CODE, DIM, HEADING = "\033[0m", "\033[1m", "\033[3m", "\033[36m", "\033[2m", "\033[1;34m"
 # The beginning of a line that may still become a heading, a list, a quote, a fence, a table or a rule.
 _UNDECIDED = re.compile(r"[ \t]*(?:#{1,6}|[-*+_](?:[ \t]*[-*_])*[ \t]*|\d{1,3}[.)]?|`{1,2}|~{1,2}|(?:```|~~~|\|).*|>)?")
-_FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)")
+_FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)(?!.*`)")  # with a mark after it, it is code within the line
 _RULE = re.compile(r"[ \t]*([-*_])(?:[ \t]*\1){2,}[ \t]*")
 _LIST = re.compile(r"([ \t]*)(?:[-*+]|(\d{1,3}[.)]))[ \t]+")
 _DIVIDER = re.compile(r"[ \t]*\|?[ \t:|-]*-[ \t:|-]*")

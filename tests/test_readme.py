@@ -220,6 +220,7 @@ def copy_checkout(place: Path) -> Path:
     (place / "corpus.jsonl").write_text("".join(text[:-40]), encoding="utf-8")
     (place / "valid.jsonl").write_text("".join(text[-40:]), encoding="utf-8")
     (place / "extra.txt").write_text("The fox slept.\n\n狐狸睡着了。\n", encoding="utf-8")
+    (place / "tests.jsonl").write_text("".join(text[-40:]), encoding="utf-8")
     shutil.copyfile(place / "training_data" / "sft" / "sample_data.jsonl", place / "chats.jsonl")
     shutil.copyfile(place / "training_data" / "rlhf" / "preference_sample.jsonl", place / "pairs.jsonl")
     return place
