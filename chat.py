@@ -11,18 +11,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from inference.command_switches import THINKING, memory, reasoning, show_steps, template, tools
-from inference.commands import COMMANDS
-from inference.loading import newest_stage
-from inference.prompts import SmartPromptEngineer
-from inference.quantized import CHOICES
-from inference.repl import Repl
-from inference.sampling import SamplingSettings
-from inference.session import ChatSession
+from inference.choices import QUANTIZE, THINKING
 from inference.terminal import Console, interface_language, make_reader, state_folder
-from train.runtime import run_main
+from train.program import run_main
+
+if TYPE_CHECKING:
+    from inference.repl import Repl
 
 WEIGHTS = Path("weight")
 SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
@@ -54,12 +50,15 @@ def make_parser(text: Callable[[str], str]) -> argparse.ArgumentParser:
     parser.add_argument("--tools", action="store_true", help=text("opt_tools"))
     parser.add_argument("--feedback", metavar="DIR", default="training_data", help=text("opt_feedback"))
     parser.add_argument("--device", help=text("opt_device"))
-    parser.add_argument("--quantize", choices=CHOICES, default="none", help=text("opt_quantize"))
+    parser.add_argument("--quantize", choices=QUANTIZE, default="none", help=text("opt_quantize"))
+    parser.add_argument("--compile", action="store_true", help=text("opt_compile"))
     return parser
 
 
 def switch_on(repl: Repl, arguments: argparse.Namespace) -> None:
     """What the command line asks for beside the model, as the commands of the same names would."""
+    from inference.command_switches import memory, reasoning, template, tools
+
     if arguments.memory:
         memory(repl, "on")
     if arguments.template:
@@ -75,7 +74,19 @@ def main() -> int:
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--lang", choices=("zh", "en"))
     language = early.parse_known_args()[0].lang or interface_language()
-    arguments = make_parser(Console(language, interactive=False).text).parse_args()
+    return talk(make_parser(Console(language, interactive=False).text).parse_args(), language)
+
+
+def talk(arguments: argparse.Namespace, language: str) -> int:
+    """Everything after the command line was read; imported here is what takes a while to import."""
+    from inference.command_switches import show_steps
+    from inference.commands import COMMANDS
+    from inference.loading import newest_stage
+    from inference.prompts import SmartPromptEngineer
+    from inference.repl import Repl
+    from inference.sampling import SamplingSettings
+    from inference.session import ChatSession
+
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not arguments.json and arguments.prompt is None
     console = Console(language, interactive, arguments.json)
     path = Path(arguments.model) if arguments.model else newest_stage(WEIGHTS)
@@ -85,7 +96,7 @@ def main() -> int:
     SamplingSettings(**given)  # a wrong value should be heard of before a model is loaded
 
     def open_session(folder: Path) -> ChatSession:
-        return ChatSession.from_pretrained(
+        session = ChatSession.from_pretrained(
             folder,
             device=arguments.device,
             system=arguments.system,
@@ -95,6 +106,10 @@ def main() -> int:
             quantize=arguments.quantize,
             **given,
         )
+        if arguments.compile:
+            console.notice("compiling")
+            session.engine.compile()
+        return session
 
     repl = Repl(
         open_session(path),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from train.config import FLAGS, PPOStageConfig, RewardStageConfig, RLHFConfig, UsageError, known_names, parse_command_line
 from train.policy_stage import stage_prompts
-from train.runtime import run_main
+from train.program import run_main
 from train.stage import NEWEST, load_tokenizer, model_config, newest_model, open_out_dir, planned_adapter
 from train.train_ppo import ppo
 from train.train_reward import reward
@@ -80,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

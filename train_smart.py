@@ -42,7 +42,8 @@ from train.config import (
     UsageError,
     to_yaml,
 )
-from train.runtime import Precision, choose_precision, describe_machine, device_name, format_minutes, run_main, set_threads, timed
+from train.program import run_main
+from train.runtime import Precision, choose_precision, describe_machine, device_name, format_minutes, set_threads, timed
 from train.stage import INTERRUPTED
 from train.train_dpo import dpo
 from train.train_grpo import grpo

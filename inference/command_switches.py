@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inference.choices import THINKING
 from inference.file_assistant import FileAssistant
 from inference.reply import Reasoning
 from inference.session import AUTO
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from inference.repl import Repl
 
 OFF = "off"
-THINKING: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
 MOST_OF_CONTEXT = 7 / 8  # that the description of tools may take
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import inference.command_actions as do
 import inference.command_switches as turn
+from inference.choices import THINKING
 from inference.markdown import cell_width
 from inference.session import AUTO
 
@@ -75,7 +76,7 @@ COMMANDS: dict[str, Command] = {
         ("[auto|on|off]", "[auto|on|off]"),
         ("思考：由模型决定、总是、从不", "think: as the model likes, always, never"),
         turn.thinking,
-        tuple(turn.THINKING),
+        tuple(THINKING),
     ),
     "think": Command(
         ("[show|fold]", "[show|fold]"),

@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from inference.prefixes import PromptCache
 from inference.sampling import SamplingSettings, prompt_seeds
 from model.cache import CacheSetting, KVCache
 from model.config import HaoAIConfig
+
+if TYPE_CHECKING:
+    from inference.compiled import CompiledStep
 
 PREFILL_TOKENS = 512  # of a whole batch, fed at once on a CPU
 __all__ = ["Completion", "Engine", "Piece", "PromptCache", "generate_ids"]
@@ -40,6 +43,7 @@ class Engine:
         self.config: HaoAIConfig = model.config  # type: ignore[assignment]
         self.tokenizer = tokenizer
         self._last = threading.local()
+        self._step: CompiledStep | None = None
         self.vocab_size = self.config.vocab_size
         """Ids that can be read and chosen: an embedding is often padded beyond the tokenizer's last token."""
         if tokenizer is not None:
@@ -54,6 +58,13 @@ class Engine:
     @steps_used.setter
     def steps_used(self, steps: Tensor | None) -> None:
         self._last.steps = steps
+
+    def compile(self) -> None:
+        """Compile the step of a single reply, on a CPU; batches and prompts run as before. Takes half a minute, later starts of the same
+        model a few seconds. Raises ValueError where that is not possible."""
+        from inference.compiled import CompiledStep
+
+        self._step = CompiledStep(self.model)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -100,11 +111,14 @@ class Engine:
 
         Ids that the tokenizer does not have can never be chosen: their logits are minus infinity.
         """
-        out = self.model(ids, attention_mask=mask, cache=cache, last_only=last_only)
-        self.steps_used = out.steps_used
-        if self.vocab_size < out.logits.shape[-1]:
-            out.logits[..., self.vocab_size :] = -torch.inf
-        return out.logits
+        if self._step is not None and mask is None and self._step.fits(ids, cache):
+            logits, self.steps_used = self._step(ids, cache), None
+        else:
+            out = self.model(ids, attention_mask=mask, cache=cache, last_only=last_only)
+            logits, self.steps_used = out.logits, out.steps_used
+        if self.vocab_size < logits.shape[-1]:
+            logits[..., self.vocab_size :] = -torch.inf
+        return logits
 
     def generate(
         self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, seeds: Sequence[int] | None = None
@@ -146,20 +160,21 @@ class Engine:
         return [[row.completion for row in samples] for samples in rows]
 
     def generate_many(
-        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, at_once: int
+        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, at_once: int, part: tuple[int, int] = (0, 1)
     ) -> Iterator[list[tuple[int, list[Completion]]]]:
         """Replies to any number of prompts, `at_once` of like length together: batches of (number of the prompt, its completions).
 
-        With settings.seed every prompt has draws of its own, whatever batch it is in. Raises ValueError like `generate`.
+        part: (number, count), of several that share the work: every count-th batch from that number on. With settings.seed every
+        prompt has draws of its own, whatever batch it is in. Raises ValueError like `generate`.
         """
         if at_once < 1:
             raise ValueError(f"at_once must be at least 1 prompt, got {at_once}")
         seeds = None if settings.seed is None else prompt_seeds(settings.seed, len(prompts))
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        for start in range(0, len(order), at_once):
-            part = order[start : start + at_once]
-            own = None if seeds is None else [seeds[number] for number in part]
-            yield list(zip(part, self.generate([prompts[number] for number in part], settings, own), strict=True))
+        for start in range(part[0] * at_once, len(order), part[1] * at_once):
+            numbers = order[start : start + at_once]
+            own = None if seeds is None else [seeds[number] for number in numbers]
+            yield list(zip(numbers, self.generate([prompts[number] for number in numbers], settings, own), strict=True))
 
     def stream(self, ids: Sequence[int], settings: SamplingSettings, cache: PromptCache | None = None) -> Iterator[Piece]:
         """The reply to one prompt as it comes, one piece or more per token; the last piece carries finish_reason.

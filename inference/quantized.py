@@ -20,20 +20,18 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from typing import Any, Literal, get_args
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference.choices import QUANTIZE
 from model.attention import RMSNorm, SmartAttention, attend
 from model.lora import linear_layers
 from model.transformer import SmartHaoAI
 
-Kind = Literal["fp32", "bf16", "int8", "int4"]
-KINDS: tuple[str, ...] = get_args(Kind)
-CHOICES = ("none", "auto", *KINDS)
-"""What a user may say: none leaves the model as it is, auto takes the faster of fp32 and bf16."""
 GROUP = 32  # inputs that share a scale in int4: as in llama.cpp's Q4_0
 INT4_ROWS = 16  # the INT4 kernel wants outputs in multiples of this
 QUERIES = 64  # of a prompt, at once
@@ -47,8 +45,8 @@ def quantize(model: SmartHaoAI, kind: str) -> SmartHaoAI:
     "none" changes nothing. Of a mixture of experts the experts are stored in bf16 and not quantised further. Raises ValueError for an
     unknown kind, for a model on a GPU, with an adapter in use, or prepared before.
     """
-    if kind not in CHOICES:
-        raise ValueError(f"quantize={kind!r} is unknown; known: {', '.join(CHOICES)}")
+    if kind not in QUANTIZE:
+        raise ValueError(f"quantize={kind!r} is unknown; known: {', '.join(QUANTIZE)}")
     if kind == "none":
         return model
     if model.device.type != "cpu":
@@ -86,9 +84,9 @@ def is_prepared(model: nn.Module) -> bool:
     return any(isinstance(module, _Prepared) for module in model.modules())
 
 
-def faster_kind(model: SmartHaoAI, rounds: int = 5) -> Kind:
+def faster_kind(model: SmartHaoAI, rounds: int = 5) -> str:
     """bf16 where a product with the model's head, one token, is clearly faster in it than in fp32."""
-    times: dict[Kind, list[float]] = {"fp32": [], "bf16": []}
+    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
     with torch.inference_mode():
         x = torch.zeros(1, model.head_weight.shape[1])
         heads = {kind: prepared(model.head_weight.detach().float(), None, kind) for kind in times}
@@ -112,7 +110,7 @@ def prepared(weight: Tensor, bias: Tensor | None, kind: str) -> nn.Module:
     return PackedLinear(weight, bias, torch.float32 if kind == "fp32" else torch.bfloat16)  # also what INT4 cannot cut into groups
 
 
-class _Prepared(nn.Module):
+class _Prepared(nn.Module, ABC):
     """What all have in common. `weight` gives the matrix (O, I) back, with its rounding."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -125,13 +123,13 @@ class _Prepared(nn.Module):
         return f"{self.in_features} -> {self.out_features}"
 
     @property
-    def weight(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def weight(self) -> Tensor: ...
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the stored matrix, scales included."""
-        raise NotImplementedError
 
 
 class PackedLinear(_Prepared):
@@ -179,12 +177,17 @@ class Int8Linear(_Prepared):
             y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / scale, 1.0, 128, self._packed).mul_(scale)
         return y if self.bias is None else y + self.bias
 
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """(O, I) int8, and fp32 scales (O,)."""
+        if self._packed is None:
+            return self._codes, self._scales.float()
+        stored = torch.ops.quantized.linear_unpack(self._packed)[0]
+        return stored.int_repr(), stored.q_per_channel_scales().float()
+
     @property
     def weight(self) -> Tensor:
-        if self._packed is None:
-            return self._codes * self._scales.float()[:, None]
-        dense: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0].dequantize()
-        return dense
+        codes, scales = self.codes()
+        return codes * scales[:, None]
 
     @property
     def nbytes(self) -> int:

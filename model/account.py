@@ -79,9 +79,11 @@ class Account:
     def weight_bytes(self, bytes_per_value: int = 4) -> int:
         return self.parameters * bytes_per_value
 
-    def training_bytes(self, batch_size: int, context: int, mixed_precision: bool = False, adapter: int = 0) -> int:
+    def training_bytes(
+        self, batch_size: int, context: int, mixed_precision: bool = False, adapter: int = 0, activation_checkpointing: bool = False
+    ) -> int:
         """Estimate of a training step's peak: fp32 weights, gradients and two AdamW moments, plus saved activations. adapter: number of
-        parameters that learn in place of the weights.
+        parameters that learn in place of the weights. activation_checkpointing: of all blocks but one only their input is kept.
 
         The activation term counts the tensors autograd keeps per block (norm inputs, q, k, v, attention weights and
         output, four feed-forward tensors) and one chunk of logits with its gradient; it is an estimate, good to some tens of percent.
@@ -100,7 +102,11 @@ class Account:
         weights_and_state = self.parameters * 4 + (adapter or self.parameters) * 4 * 3 + (self.parameters * 2 if mixed_precision else 0)
         weights_and_state += adapter * 4
         logits = min(tokens, 1024) * c.vocab_size * 4 * 2
-        return weights_and_state + tokens * per_token_block * blocks + logits
+        if activation_checkpointing:
+            activations = tokens * (per_token_block * (1 + blocks - c.n_layer) + 4 * c.n_embd * c.n_layer)
+        else:
+            activations = tokens * per_token_block * blocks
+        return weights_and_state + activations + logits
 
     def _feed_forward(self) -> str:
         c = self.config

@@ -135,7 +135,9 @@ def save_adapter(model: SmartHaoAI, path: str | Path, resumable: bool = False) -
     folder.mkdir(parents=True, exist_ok=True)
     adapter.fingerprint = adapter.fingerprint or fingerprint(model)
     notes = {BASE: adapter.fingerprint} if adapter.fingerprint else {}
-    save_weights(_places(model, adapter, resumable), folder / ADAPTER_WEIGHTS, notes=notes)
+    # Copies, which are small: numpy never lets go of the memory that it has checked, and FSDP gives it back after use.
+    tensors = {name: tensor.detach().clone() for name, tensor in _places(model, adapter, resumable).items()}
+    save_weights(tensors, folder / ADAPTER_WEIGHTS, notes=notes)
     settings = adapter.settings
     config = {
         "peft_type": "LORA",
@@ -171,7 +173,7 @@ def restore_adapter(model: SmartHaoAI, folder: Path) -> None:
     adapter = model.adapter
     assert adapter is not None
     source = SafetensorsWeights([folder / ADAPTER_WEIGHTS])
-    adapter.fingerprint = fingerprint(model)
+    adapter.fingerprint = adapter.fingerprint or fingerprint(model)
     _check_base(folder, source, adapter.fingerprint)
     _fill(_places(model, adapter, resumable=True), source, folder)
 
@@ -255,7 +257,7 @@ def _places(model: SmartHaoAI, adapter: Adapter, resumable: bool = False) -> dic
     """The trained tensors by their names in the file."""
     places = {PREFIX + name + end: tensor for name, _, pair in adapter.pairs(model) for end, tensor in _of_pair(pair)}
     if resumable and model.value_head is not None:
-        places.update({VALUE_HEAD + name: tensor for name, tensor in model.value_head.state_dict().items()})
+        places.update({VALUE_HEAD + name: tensor for name, tensor in model.value_head.named_parameters()})
     return places
 
 

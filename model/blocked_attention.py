@@ -1,4 +1,4 @@
-"""Training attention on a CPU: a few queries at a time, in plain matrix products.
+"""Attention of whole texts on a CPU, for training and evaluation: a few queries at a time, in plain matrix products.
 
 The scores of a block of queries stay in the cache from the product that makes them to the one that uses them, keys that no query of
 the block may see are left out, and the backward pass is products in the compute type, too (that of torch's kernel for CPUs is not).
@@ -34,12 +34,13 @@ class _BlockedAttention(torch.autograd.Function):
         K = k.shape[1]
         scaled = (q * D**-0.5).view(B, K, H // K, T, D)
         out = torch.empty_like(scaled)
-        kept = []
+        kept: list[Tensor] = []
+        keeps = T <= LONGEST_KEPT and any(ctx.needs_input_grad)
         ctx.blocks = _blocks(T, B * H * q.element_size(), window)
         for part, seen in ctx.blocks:
             weights = _weights(scaled, k, mask, part, seen)
             out[:, :, :, part] = (weights @ v[:, :, seen]).view(B, K, H // K, -1, D)
-            kept += [weights] if T <= LONGEST_KEPT else []
+            kept += [weights] if keeps else []
         ctx.save_for_backward(scaled, k, v, mask, *kept)
         return out.view(B, H, T, D)
 

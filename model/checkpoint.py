@@ -21,13 +21,14 @@ from torch import Tensor
 
 from model.config import NEUTRAL_PARTS, HaoAIConfig, allowed_changes, training_settings
 from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, model_type, portability_notes, read_config
-from model.files import atomic_directory, atomic_write_text, recover_directory
+from model.files import atomic_directory, atomic_write_text, recover_directory, writing
 from model.weight_files import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
     WEIGHTS_FILE,
     SafetensorsWeights,
     WeightSource,
+    indexed_weights,
     load_weights,
     read_index,
     save_sharded,
@@ -59,19 +60,24 @@ def save_pretrained(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     resumable: bool = False,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write (or replace) the model files of `path`; other files that stand there are kept.
 
     Weights of more than `max_shard_bytes` are written in shards with an index. What only training needs is left out and learned
     residual scales are folded into the matrices behind them, unless the model is to be trained on (`resumable`). Of a model with an
-    adapter in use only that is written (`model.lora.merge` makes one model of the two).
+    adapter in use only that is written (`model.lora.merge` makes one model of the two). state: the model's, where it does not hold it
+    in one piece; an empty one: all files but the weights.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-    shape, state = (model.config, dict(model.state_dict())) if resumable else finished(model)
-    reward = "score_head.weight" in state
+    described = state is not None and not state
+    state = model.state_dict() if state is None else state
+    shape, state = (model.config, state) if resumable else finished(model, state)
+    reward = hasattr(model, "score_head")
     if tokenizer is not None and not reward:
         generation = {
             "eos_token_id": tokenizer.stop_ids,
@@ -89,7 +95,8 @@ def save_pretrained(
 
         save_adapter(model, path, resumable)
         return
-    save_sharded(weights_to_disk(state, shape), path, dtype, max_shard_bytes)
+    if not described:
+        save_sharded(weights_to_disk(state, shape), path, dtype, max_shard_bytes)
     config = config_to_disk(shape, tokenizer, dtype, reward)
     atomic_write_text(path / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
@@ -99,10 +106,12 @@ def finished_config(config: HaoAIConfig) -> HaoAIConfig:
     return dataclasses.replace(config, residual_scale=False, deep_supervision="none")
 
 
-def finished(model: SmartHaoAI) -> tuple[HaoAIConfig, dict[str, Tensor]]:
-    """Shape and state of the same model without its training-only heads, and with its residual scales folded."""
+def finished(model: SmartHaoAI, state: Mapping[str, Tensor] | None = None) -> tuple[HaoAIConfig, dict[str, Tensor]]:
+    """Shape and state of the same model without its training-only heads, and with its residual scales folded. state: as in
+    `save_pretrained`."""
     config = finished_config(model.config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
+    whole = model.state_dict() if state is None else state
+    state = {name: tensor for name, tensor in whole.items() if not name.startswith(TRAINING_ONLY)}
     for scale_name in [name for name in state if name.endswith(("attention_scale", "mlp_scale"))]:
         scale = state.pop(scale_name)
         block, _, branch = scale_name.rpartition(".")
@@ -234,12 +243,7 @@ def open_weights(folder: Path) -> WeightSource:
         other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         hint = f"; {other[0]} is a pickled file, which is never read: convert it to safetensors" if other else ""
         raise FileNotFoundError(f"the weights {folder / WEIGHTS_FILE} are missing{hint}")
-    places, checksums = read_index(index)
-    names = sorted(set(places.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{index} names {len(names)} files; missing: {', '.join(missing)}")
-    return SafetensorsWeights([folder / name for name in names], index, checksums)
+    return indexed_weights(index)
 
 
 def find_model(path: str | Path) -> Path:

@@ -38,6 +38,27 @@ def total_memory() -> int | None:
     return min(limits) if limits else None
 
 
+def available_memory() -> int | None:
+    """Bytes that are left of `total_memory`, files in the cache not counted as used; None when the system does not tell."""
+    left = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        left.append(_fields("/proc/meminfo")["MemAvailable:"] * 2**10)
+    for used, limit, statistics, cached in (
+        ("memory.current", "memory.max", "memory.stat", "inactive_file"),
+        ("memory/memory.usage_in_bytes", "memory/memory.limit_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            group = Path("/sys/fs/cgroup")
+            occupied = int((group / used).read_text(encoding="utf-8")) - _fields(group / statistics)[cached]
+            left.append(int((group / limit).read_text(encoding="utf-8")) - occupied)
+    return max(min(left), 0) if left else None
+
+
+def _fields(file: str | Path) -> dict[str, int]:
+    """The first two words of each line of a file of /proc or /sys."""
+    return {name: int(value) for name, value, *_ in map(str.split, Path(file).read_text(encoding="utf-8").splitlines())}
+
+
 def _windows_memory() -> int:
     import ctypes
 

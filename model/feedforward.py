@@ -5,6 +5,8 @@ Shapes: B batch, T time, C channels (n_embd), N tokens (B * T), E experts, k exp
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +108,15 @@ class MixtureOfExperts(nn.Module):
         chosen = torch.zeros(self.n_expert, device=logits.device).index_add_(0, experts.reshape(-1), valid.repeat_interleave(self.k))
         self.routing = Routing(chosen, valid @ probabilities, valid @ logits.logsumexp(dim=-1).square(), valid.sum())
         self.load = chosen if self.load is None else self.load + chosen
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """A pass inside is a repetition: what is counted stays as it was."""
+        before = self.load, self.routing
+        try:
+            yield
+        finally:
+            self.load, self.routing = before
 
     def take_load(self) -> Tensor:
         """(E,) tokens that chose each expert in training since the last call."""

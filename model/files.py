@@ -6,13 +6,51 @@ killed at any moment) therefore sees a complete file or directory, or none.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TEMPORARY_SUFFIX = ".tmp"
+TEMPORARY_SUFFIX, _ASIDE = ".tmp", ".replaced"
+# Ours, and what safetensors writes to before it renames. Other files that end in .tmp are not ours to delete.
+_LEFTOVER = re.compile(r".+\.\d+\.tmp|\.tmp[A-Za-z0-9]{6}")
+REMEDIES = {
+    errno.ENOSPC: "make room there",
+    getattr(errno, "EDQUOT", -1): "make room there",
+    errno.EROFS: "make that disk writable",
+    errno.EACCES: "give yourself write permission there",
+}
+
+
+class WriteError(OSError):
+    """A file could not be written: the message names it, what the system said, the space that is left and what to do."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Errors of the system inside become a WriteError about `path`: those of a full disk name no file."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        said = error.strerror or str(error)
+        remedy = next((remedy for number, remedy in REMEDIES.items() if error.errno == number), "see to that")
+        name = re.sub(r"\.\d+\.tmp\b", "", str(path))  # people know the name it was to get
+        problem = WriteError(f"{name} could not be written: {said}{_free_space(Path(path))}; {remedy}, then run the same command again")
+        problem.errno = error.errno
+        raise problem from error
+
+
+def _free_space(path: Path) -> str:
+    for folder in (path, *Path(os.path.abspath(path)).parents):
+        with contextlib.suppress(OSError):
+            return f" ({shutil.disk_usage(folder).free / 2**20:,.1f} MiB free there)"
+    return ""
 
 
 def temporary_name(path: Path) -> Path:
@@ -23,13 +61,32 @@ def temporary_name(path: Path) -> Path:
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line (UTF-8) to a file that grows. What a full disk lets through of it is taken back: the next line begins on its own."""
+    with writing(path):
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab") as file:
+                file.write(f"{line}\n".encode())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -45,25 +102,27 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     renames still leaves its content on disk (`.<name>.replaced`), from where `recover_directory` brings it back.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    recover_directory(path)
     temporary = temporary_name(path)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_directory(path)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync(file)
-        old = _aside(path)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with writing(path):
+            for entry in [*temporary.rglob("*"), temporary]:
+                sync(entry)
+            old = _aside(path)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
-        recover_directory(path)
+        with contextlib.suppress(OSError):  # a disk that takes no writes any more: later
+            recover_directory(path)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,15 +140,26 @@ def recover_directory(path: str | Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete temporary files and directories that a killed process left in `folder`."""
-    for entry in Path(folder).glob(f"*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    """Delete temporary files and directories that a killed process left in `folder`, and undo replacements that it left half done."""
+    for entry in list(Path(folder).iterdir()):
+        with writing(entry):
+            if _LEFTOVER.fullmatch(entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            elif entry.name.startswith(".") and entry.name.endswith(_ASIDE):
+                recover_directory(entry.with_name(entry.name[1 : -len(_ASIDE)]))
+
+
+def discard_directory(path: Path) -> None:
+    """Delete a directory so that an interruption leaves it whole or gone (or under a name that `remove_leftovers` knows)."""
+    temporary = temporary_name(path)
+    os.replace(path, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _aside(path: Path) -> Path:
     # Not a name like `sft.old`, which people give to their own backups: what stands here is deleted.
     path = Path(os.path.abspath(path))  # "." and ".." have no name
-    return path.with_name(f".{path.name}.replaced")
+    return path.with_name(f".{path.name}{_ASIDE}")
 
 
 def sync(path: Path) -> None:

@@ -58,6 +58,10 @@ class RewardModel(SmartHaoAI):
         loss, self._aux_loss = self._aux_loss, None
         return loss
 
+    def forget_pass(self) -> None:
+        super().forget_pass()
+        self._aux_loss = None
+
     def score(self, texts: Sequence[str | Sequence[dict[str, Any]]], tokenizer: BPETokenizer) -> Tensor:
         """Scores (N,) on the CPU of conversations (lists of messages that end with the assistant's), or of texts as they stand.
 

@@ -165,7 +165,6 @@ class BPETokenizer:
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
         path = Path(path)
-        atomic_write_text(path / "tokenizer.json", self.backend.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.names.eos,
@@ -179,6 +178,7 @@ class BPETokenizer:
             config["chat_template"] = self.chat_template
             atomic_write_text(path / "chat_template.jinja", self.chat_template)
         atomic_write_text(path / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        atomic_write_text(path / "tokenizer.json", self.backend.to_str(pretty=True))  # last: by it a tokenizer is known to be there
 
     @cached_property
     def vocab_size(self) -> int:

@@ -5,6 +5,7 @@ Shapes: B batch, T time, C channels (n_embd), V vocabulary, S keys.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import RMSNorm, RotaryEmbedding, SmartAttention, TokenContext, attention_mask
 from model.cache import CacheSetting, KVCache, LayerCache
@@ -81,6 +83,8 @@ class SmartHaoAI(nn.Module):
         self._reasoning_steps, self._reasoning_halt = config.reasoning_steps, config.reasoning_halt
         self.deep_weight = 1.0
         """Share of deep_supervision_coef that counts now; the loop lowers it to 0 at the end of a run."""
+        self.activation_checkpointing = False
+        """Where gradients are wanted, keep only what enters each block and compute the block again in backward (Chen et al., 2016)."""
         self.initialised(self)
 
     def initialised(self, part: nn.Module) -> nn.Module:
@@ -251,7 +255,7 @@ class SmartHaoAI(nn.Module):
         kept = self.config.supervised_layers if isinstance(self.auxiliary, LayerSupervision) and self.training else []
         path = None
         for index, layer in enumerate(self.layers):
-            x = layer(x, context, masks[index], None if cache is None else cache.layers[index])
+            x = self._block(layer, x, context, masks[index], None if cache is None else cache.layers[index])
             if index in kept:
                 context.kept[index] = x
         if self.reasoning is not None:
@@ -261,6 +265,13 @@ class SmartHaoAI(nn.Module):
         if cache is not None:
             cache.length += T
         return self.norm(x), context, path
+
+    def _block(self, layer: Any, x: Tensor, context: TokenContext, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return layer(x, context, mask, cache)
+        experts = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
+        again = contextlib.nullcontext if experts is None else experts.uncounted
+        return checkpoint(layer, x, context, mask, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again()))
 
     def _layout(
         self,
@@ -318,6 +329,12 @@ class SmartHaoAI(nn.Module):
     def take_expert_load(self) -> Tensor | None:
         """(layers with experts, E) tokens that chose each expert in training since the last call; None for a dense model."""
         return torch.stack([layer.take_load() for layer in self.expert_layers]) if self.expert_layers else None
+
+    def forget_pass(self) -> None:
+        """Let go of what a forward pass leaves for the loss and for `take_expert_load`: it was a trial, or came to no end."""
+        self.take_expert_load()
+        for layer in self.expert_layers:
+            layer.routing = None  # it holds the graph
 
     def balance_experts(self, load: Tensor) -> None:
         """After an optimiser step: move the choice biases (`router_bias_rate`) against the step's load (layers with experts, E)."""

@@ -6,8 +6,10 @@ What the tensors are called and which model they belong to is `model/checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.files import atomic_write_text, sync, temporary_name
+from model.files import atomic_write_text, sync, temporary_name, writing
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 CHECKSUMS = "crc32"  # entry in a safetensors file's metadata: {tensor name: checksum of its bytes}
@@ -59,18 +61,26 @@ def save_sharded(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
         for file, names in zip(files, shards, strict=True):
             checksums.update(_write_weights({name: weights[name] for name in names}, temporary_name(folder / file), dtype))
         for file in files:
-            os.replace(temporary_name(folder / file), folder / file)
+            with writing(folder / file):
+                os.replace(temporary_name(folder / file), folder / file)
     finally:
         for file in files:
-            temporary_name(folder / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary_name(folder / file).unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in weights.values()) * size
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total, CHECKSUMS: checksums}, "weight_map": places}
-        atomic_write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+        write_index(folder / INDEX_FILE, places, checksums, total)
     for old in [folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors"), folder / INDEX_FILE]:
         if old.name not in files and not (old.name == INDEX_FILE and len(shards) > 1):
-            old.unlink(missing_ok=True)
+            with writing(old):
+                old.unlink(missing_ok=True)
+
+
+def write_index(index: Path, places: Mapping[str, str], checksums: Mapping[str, int], size: int) -> None:
+    """Where each tensor stands: its file in the index's folder, its checksum, and the bytes of all."""
+    content = {"metadata": {"total_size": size, CHECKSUMS: checksums}, "weight_map": places}
+    atomic_write_text(index, json.dumps(content, indent=1) + "\n")
 
 
 def save_weights(
@@ -78,8 +88,13 @@ def save_weights(
 ) -> dict[str, int]:
     """Write tensors as safetensors under a temporary name, then rename. Checksums of their bytes go into the file's metadata, beside
     `notes`, and are returned."""
-    checksums = _write_weights(weights, temporary_name(file), dtype, notes)
-    os.replace(temporary_name(file), file)
+    try:
+        checksums = _write_weights(weights, temporary_name(file), dtype, notes)
+        with writing(file):
+            os.replace(temporary_name(file), file)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary_name(file).unlink(missing_ok=True)
     return checksums
 
 
@@ -88,14 +103,16 @@ def _write_weights(
 ) -> dict[str, int]:
     tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    file.touch()
-    mode = file.stat().st_mode  # what the user's umask asks for; safetensors makes files that only their owner can read
-    try:
-        save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums), **(notes or {})})
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{file} could not be written: {error}") from error
-    file.chmod(mode)
-    sync(file)
+    with writing(file):
+        file.touch()
+        mode = file.stat().st_mode  # what the user's umask asks for; safetensors makes files that only their owner can read
+        try:
+            save_file(tensors, file, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums), **(notes or {})})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))  # what the system said, in the words of safetensors
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
+        file.chmod(mode)
+        sync(file)
     return checksums
 
 
@@ -119,6 +136,16 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, int]]:
     if outside:
         raise ValueError(f"{index} names {outside[0]!r}, which is not a file of this folder")
     return places, checksums
+
+
+def indexed_weights(index: Path) -> SafetensorsWeights:
+    """The tensors of all files that an index names. FileNotFoundError names one that is missing."""
+    places, checksums = read_index(index)
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {len(names)} files; missing: {', '.join(missing)}")
+    return SafetensorsWeights([index.parent / name for name in names], index, checksums)
 
 
 class SafetensorsWeights:
@@ -145,6 +172,10 @@ class SafetensorsWeights:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(reader.get_slice(name).get_shape()) for name, (_, reader) in self._readers.items()}
+
+    def checksums(self) -> dict[str, int] | None:
+        """By tensor; None unless all are known."""
+        return dict(self._checksums) if self._checksums.keys() >= self._readers.keys() else None
 
     def tensor(self, name: str) -> Tensor:
         """One tensor. ValueError when its bytes are not those that were saved (known only for files written here)."""

@@ -169,12 +169,9 @@ def test_packages_export_what_they_promise(package: str) -> None:
     exported = getattr(module, "__all__", [])
     assert len(exported) == len(set(exported)) and all(hasattr(module, name) for name in exported)
     tree = parse(ROOT / package / "__init__.py")
-    imported = {
-        alias.asname or alias.name
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
-        for alias in node.names
-    }
+    lazy = [node for part in tree.body if isinstance(part, ast.If) for node in part.body]  # under TYPE_CHECKING
+    imported = {alias.asname or alias.name for node in lazy if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported or not exported
     assert imported <= set(exported), f"{package}/__init__.py imports names it does not list: {sorted(imported - set(exported))}"
 
 
@@ -193,6 +190,7 @@ def test_the_names_users_type() -> None:
         "BPETokenizer",
     ):
         assert name in model.__all__
+        assert getattr(model, name).__name__ == name
 
 
 def test_the_model_needs_nothing_of_the_rest() -> None:
@@ -201,6 +199,25 @@ def test_the_model_needs_nothing_of_the_rest() -> None:
     import sys
 
     others = ("inference", "train", "tools", "transformers")
-    code = f"import sys, model; print([m for m in sys.modules if m.split('.')[0] in {others}])"
+    code = f"import sys; from model import *; print([m for m in sys.modules if m.split('.')[0] in {others}])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_help_answers_without_importing_torch() -> None:
+    """Guards: two seconds of waiting for `--help`, for a mistake on the command line, or for `import model`."""
+    import subprocess
+    import sys
+
+    code = """
+import runpy, sys
+import inference, model
+sys.argv = ["chat.py", "--help"]
+try:
+    runpy.run_path("chat.py", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+assert "torch" not in sys.modules
+assert "BPETokenizer" in dir(model) and "ChatSession" in dir(inference)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

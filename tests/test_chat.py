@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import chat
 from inference import ChatSession, SamplingSettings
 from inference.chat_texts import TEXTS
-from inference.terminal import CONTROL_CHARACTERS, AnswerView
+from inference.loading import newest_stage
+from inference.repl import Repl
+from inference.terminal import CONTROL_CHARACTERS, AnswerView, Console, interface_language
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,8 +114,8 @@ def obey(model, tokenizer, language, *lines):
     """The exit status of a REPL that reads these lines; what it says is for capsys."""
     session = ChatSession(model, tokenizer, settings=SamplingSettings(temperature=0, max_new_tokens=4))
     left = iter([*lines, "/quit"])
-    console = chat.Console(language, interactive=False)
-    return chat.Repl(session, console, streaming=True, show_thinking=False).run(lambda prompt, default="": next(left))
+    console = Console(language, interactive=False)
+    return Repl(session, console, streaming=True, show_thinking=False).run(lambda prompt, default="": next(left))
 
 
 def test_steps_are_shown_set_and_refused(folder, capsys):
@@ -141,7 +142,7 @@ def test_the_mean_number_of_steps_is_shown_in_a_terminal(folder, capsys):
     session.settings = SamplingSettings(temperature=0, max_new_tokens=4)
     for interactive, halt, shown in ((True, 1e-9, True), (True, 0.0, False), (False, 1e-9, False)):
         session.model.reasoning_halt = halt
-        chat.Repl(session, chat.Console("en", interactive), streaming=True, show_thinking=False).ask("hello")
+        Repl(session, Console("en", interactive), streaming=True, show_thinking=False).ask("hello")
         assert ("a mean of 1.0 reasoning steps a token" in "".join(capsys.readouterr())) == shown
 
 
@@ -179,8 +180,8 @@ def test_newest_stage_prefers_later_stages(tmp_path):
         file.write_bytes(b"")
         os.utime(file, (age, age))
     (tmp_path / "unfinished").mkdir()
-    assert chat.newest_stage(tmp_path).name == "dpo"
-    assert chat.newest_stage(tmp_path / "unfinished") is None
+    assert newest_stage(tmp_path).name == "dpo"
+    assert newest_stage(tmp_path / "unfinished") is None
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_newest_stage_prefers_later_stages(tmp_path):
     ],
 )
 def test_language_follows_the_locale(variables, language):
-    assert chat.interface_language(variables) == language
+    assert interface_language(variables) == language
 
 
 def test_both_languages_take_the_same_values():
@@ -211,7 +212,7 @@ def test_model_output_cannot_command_the_terminal():
 
 
 def test_thinking_is_folded_in_the_terminal_and_absent_in_a_pipe(capsys):
-    console = chat.Console("en", interactive=True)
+    console = Console("en", interactive=True)
     console.styled = True
     view = AnswerView(console, show_thinking=False)
     for channel, words in [("reasoning", "abc"), ("reasoning", "de"), ("answer", "yes")]:
@@ -219,7 +220,7 @@ def test_thinking_is_folded_in_the_terminal_and_absent_in_a_pipe(capsys):
     view.finish()
     shown = capsys.readouterr().out
     assert "abc" not in shown and "thought for 5 characters" in shown and shown.endswith("\nyes\n")
-    view = AnswerView(chat.Console("en", interactive=False), show_thinking=True)
+    view = AnswerView(Console("en", interactive=False), show_thinking=True)
     for channel, words in [("reasoning", "abc"), ("tool", "clock() → now"), ("answer", "yes")]:
         view.show(channel, words)
     assert capsys.readouterr().out == "yes"
@@ -240,9 +241,9 @@ def test_adapters_are_switched_by_name(folder, tmp_path, monkeypatch, capsys):
         for _, _, pair in adapter.pairs(model):
             pair.B.normal_()
     save_adapter(model, "weight/lora")
-    assert chat.newest_stage(Path("weight")) == Path("weight/lora")
+    assert newest_stage(Path("weight")) == Path("weight/lora")
     session = ChatSession.from_pretrained("weight/sft", device="cpu", temperature=0, max_new_tokens=12)
-    repl = chat.Repl(session, chat.Console("en", interactive=False), streaming=False, show_thinking=False)
+    repl = Repl(session, Console("en", interactive=False), streaming=False, show_thinking=False)
 
     def said(*lines):
         left = iter([*lines, "/quit"])

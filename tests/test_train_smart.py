@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import train_smart
-from chat import newest_stage
+from inference.loading import newest_stage
 from tools import make_preferences
 from tools.prepare_data import SourcesUnavailable
 from train.config import DPOStageConfig, UsageError, to_dict, to_yaml

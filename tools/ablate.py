@@ -26,7 +26,8 @@ from tools.ablation.results import finish_run, read_result
 from tools.ablation.settings import AblationConfig, Run, differences, plan, read_config, run_settings
 from tools.ablation.timing import StepTimes, step_times
 from train.config import UsageError, help_text, to_yaml
-from train.runtime import StopRequest, format_minutes, run_main
+from train.program import run_main
+from train.runtime import StopRequest, format_minutes
 from train.stage import INTERRUPTED
 
 POLL_SECONDS = 0.5

@@ -37,8 +37,9 @@ from tools.reasoning_report import read_tasks
 from tools.reasoning_tasks import measure
 from train.config import UsageError
 from train.data_files import expand_paths
+from train.program import run_main
 from train.rewards import exact, steps
-from train.runtime import describe_machine, device_name, run_main
+from train.runtime import describe_machine, device_name
 from train.statistics import bootstrap
 
 SAMPLED = SamplingSettings(max_new_tokens=PROBE_TOKENS, temperature=0.7, top_k=40, top_p=0.9, seed=0)

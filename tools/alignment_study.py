@@ -29,7 +29,8 @@ from pathlib import Path
 
 from model.files import atomic_write_text
 from tools import alignment_report
-from train.runtime import format_minutes, run_main
+from train.program import run_main
+from train.runtime import format_minutes
 
 STAGES = ("reasoning", "grpo", "reward", "dpo", "ppo", "distil")
 REWARD_FACTS = ("held-out accuracy", "calibration", "accuracy where the preferred answer is longer", "accuracy where it is shorter")

@@ -6,6 +6,7 @@
     python -m tools.bench experts                       # mixture of experts beside the dense model, sliding window beside full attention
     python -m tools.bench quality --train TEXT... --val TEXT...   # bits per byte after 10 minutes, and after a twentieth of that
     python -m tools.bench start                         # import, --help, first answer
+    python -m tools.bench profile [--own train.compile=on]   # what a training step and a decoding step spend their time on
     python -m tools.bench gpu --out DIR                 # training at 0.1B and 0.4B and decoding on CUDA, all of it recorded
 
 Of each row: tokens a second (median, smallest and largest of the rounds; a first round is not counted), the peak memory of its process,
@@ -23,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.config import UsageError
-from train.runtime import run_main, set_threads
+from train.program import run_main
+from train.runtime import set_threads
 
 TRAIN_PEERS = ("plain", "transformers")
 DECODE_PEERS = ("transformers", "llama.cpp")
@@ -67,6 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument("--modules", type=int, default=12, help="how many of the slowest imports are named")
     start.add_argument("--model", default=None, help="checkpoint for the first answer; default: random weights of --shape")
     start.add_argument("--only", nargs="+", metavar="NAME", help="only these, as named in the table")
+    profile = commands.add_parser("profile", help="what the time of a training step and of a decoding step goes to")
+    profile.add_argument("--steps", type=int, default=5, help="training steps that are recorded")
+    profile.add_argument("--batches", type=int, nargs="*", default=[1, 32], help="replies that are decoded together")
+    profile.add_argument("--precision", nargs="*", choices=PRECISIONS, default=["bf16", "int8"])
+    profile.add_argument("--operations", type=int, default=12, help="how many single operations are named")
     gpu = commands.add_parser("gpu", help="everything that needs CUDA, recorded")
     gpu.add_argument("--out", default="weight/bench_gpu", metavar="DIR")
     gpu.add_argument("--device", default="cuda")
@@ -74,13 +81,14 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument("--batch", type=int, default=16, help="rows of 1024 tokens in a training step")
     gpu.add_argument("--length", type=int, default=1024)
     gpu.add_argument("--seconds", type=float, default=5.0)
-    for one in (train, experts, quality):
+    for one in (train, experts, quality, profile):
         one.add_argument("--own", nargs="*", default=[], metavar="WORD", help="words of train_pretrain for all rows of ours")
     for one in (decode, prefill):
         one.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="rows of ours")
         one.add_argument("--seconds", type=float, default=1.0, help="a turn ends with the answer that reaches this")
         one.add_argument("--model", metavar="DIR", help="a checkpoint in place of --shape with random weights")
         one.add_argument("--batcher", action="store_true", help="one more row: as requests to a Batcher")
+        one.add_argument("--compiled", action="store_true", help="more rows at batch 1: with compiled steps")
     for one, peers in ((train, TRAIN_PEERS), (decode, DECODE_PEERS), (prefill, DECODE_PEERS)):
         one.add_argument("--against", nargs="*", default=list(peers), choices=peers, metavar="PEER", help=f"of: {', '.join(peers)}")
     for one in commands.choices.values():

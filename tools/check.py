@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from train.runtime import run_main
+from train.program import run_main
 
 PACKAGES = ["model", "inference", "train", "tools", "chat.py", "train_smart.py", "train_rlhf.py"]
 
@@ -16,12 +16,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.check", description=(__doc__ or "").strip())
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     parser.add_argument("--slow-only", action="store_true", help="run only the tests marked slow (the others have run already)")
+    parser.add_argument("pytest", nargs="*", metavar="WORD", help="more for pytest, after --")
     args = parser.parse_args()
     marks = "not slow and not drill" if args.fast else "slow" if args.slow_only else "not drill"
     steps = {
         "ruff": [sys.executable, "-m", "ruff", "check", "."],
         "types": [sys.executable, "-m", "mypy", *PACKAGES],
-        "tests": [sys.executable, "-m", "pytest", "-q", "-m", marks],
+        "tests": [sys.executable, "-m", "pytest", "-q", "-m", marks, *args.pytest],
     }
     failed = []
     for name, command in steps.items():

@@ -400,6 +400,6 @@ def _wants_colour() -> bool:
 
 
 if __name__ == "__main__":
-    from train.runtime import run_main
+    from train.program import run_main
 
     run_main(main)

@@ -39,8 +39,9 @@ from train.cleaning import Limits, in_every_text, is_boilerplate, lost_character
 from train.config import UsageError
 from train.formats import BadRows, DataFile, RawRow, RowError, Text, expand_paths, is_token_file, read_rows, recognise
 from train.near_duplicates import BANDS, NGRAM, PERMUTATIONS, TestTexts, band_keys, near_duplicates, signature, texts_in, units
+from train.program import run_main
 from train.raw_rows import optional_package
-from train.runtime import peak_memory_mb, run_main
+from train.runtime import peak_memory_mb
 
 RULES = {
     "unreadable": "could not be read, or fit no known format",

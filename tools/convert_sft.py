@@ -227,6 +227,6 @@ def check_out(out: Path, overwrite: bool, read: Sequence[Path] = ()) -> None:
 
 
 if __name__ == "__main__":
-    from train.runtime import run_main
+    from train.program import run_main
 
     run_main(main)

@@ -29,7 +29,8 @@ from train.config import UsageError
 from train.data_files import expand_paths
 from train.formats import BadRows, as_text, read_samples
 from train.metrics import BitsPerByte, bits_per_byte
-from train.runtime import device_name, run_main
+from train.program import run_main
+from train.runtime import device_name
 
 PROBE_BATCH = 50
 PROBE_TOKENS = 220

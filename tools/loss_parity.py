@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tools.loss_cases import TORCHRL, TRL, Case, Inputs, cases
-from train.runtime import run_main
+from train.program import run_main
 
 LIMIT = 1e-6
 

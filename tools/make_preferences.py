@@ -314,6 +314,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from train.runtime import run_main
+    from train.program import run_main
 
     run_main(main)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tools.reasoning_tasks import KINDS, SPLITS, STYLES, make_dataset
 from tools.reasoning_tasks.wordings import LANGUAGES
-from train.runtime import run_main
+from train.program import run_main
 
 
 def main(argv: list[str] | None = None) -> None:

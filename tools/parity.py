@@ -28,7 +28,7 @@ from model import HaoAIConfig, SmartHaoAI
 from model.cache import KVCache
 from model.checkpoint import model_type
 from model.feedforward import MixtureOfExperts
-from train.runtime import run_main
+from train.program import run_main
 
 DENSE_LIMIT, EXPERTS_LIMIT = 1e-5, 2e-5
 TIE = 1e-5  # router probabilities closer than this are a tie

@@ -35,7 +35,8 @@ from tools.evaluate import load
 from tools.reasoning_tasks.measure import share
 from train.config import UsageError
 from train.metrics import read_jsonl
-from train.runtime import describe_machine, device_name, run_main
+from train.program import run_main
+from train.runtime import describe_machine, device_name
 from train.statistics import bootstrap
 
 BASE = "on"  # what the others are compared with

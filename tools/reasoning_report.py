@@ -33,7 +33,8 @@ from tools.reasoning_tasks.dataset import SPLITS
 from tools.reasoning_tasks.tables import Entry, markdown, over_seeds, percent
 from train.config import UsageError
 from train.metrics import read_jsonl
-from train.runtime import describe_machine, device_name, run_main
+from train.program import run_main
+from train.runtime import describe_machine, device_name
 
 TEST_SPLITS = [split for split in SPLITS if split != "train"]
 PATH_CANDIDATES = 200

@@ -21,7 +21,7 @@ from tools.tokenizer_checks import all_checks, listed
 from tools.tokenizer_folder import FAIL, OK, WARN, Check, TokenizerFolder
 from tools.tokenizer_repair import repair
 from tools.tokenizer_texts import Failure, Usage, measure, round_trip, unused
-from train.runtime import run_main
+from train.program import run_main
 
 SEED = 0
 SHOWN_FAILURES = 5

@@ -37,6 +37,10 @@ class Batch:
     """What only the loss reads: values per sequence or token (reference log-probabilities, advantages, token weights ...)."""
     group: int = 0
     """Rows that have to be computed together: 1 where each stands for itself; 0: all of them."""
+    cuts: list[int] | None = None
+    """Rows before which it may be divided among processes; None: as `group` says."""
+    entries: dict[str, list[int]] = field(default_factory=dict)
+    """How many values each row has in an `extra`, where that is not one; they stand in the order of the rows."""
 
     def split(self, rows: int) -> list[Batch]:
         """The same in equal pieces of at most `rows` rows (the last may be smaller), whose `weights`, `positions` and `real` are those of
@@ -47,11 +51,25 @@ class Batch:
         rows = max(rows // self.group, 1) * self.group
         equal = -(-count // -(-count // rows))
         rows = -(-equal // self.group) * self.group
-        pieces = []
-        for start in range(0, count, rows):
-            inputs, extra = ({name: value[start : start + rows] for name, value in part.items()} for part in (self.inputs, self.extra))
-            pieces.append(replace(self, inputs=inputs, extra=extra))
-        return pieces
+        return [self.rows(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop) alone, with the weights of all."""
+        if (start, stop) == (0, len(self.inputs["input_ids"])):
+            return self
+        inputs = {name: value[start:stop] for name, value in self.inputs.items()}
+        extra = {}
+        for name, value in self.extra.items():
+            counts = self.entries.get(name)
+            first, last = (start, stop) if counts is None else (sum(counts[:start]), sum(counts[:stop]))
+            extra[name] = value[first:last] if value.dim() else value
+        return replace(self, inputs=inputs, extra=extra, entries={name: counts[start:stop] for name, counts in self.entries.items()})
+
+    def boundaries(self) -> list[int]:
+        """Where parts for several processes may begin and end: 0, the rows of `cuts`, and the number of rows."""
+        count = len(self.inputs["input_ids"])
+        inner = range(self.group, count, self.group) if self.cuts is None and self.group else self.cuts or []
+        return [0, *inner, count]
 
     def to(self, device: str) -> Batch:
         if device == "cpu":
@@ -61,7 +79,8 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """An endless, resumable supply of batches."""
+    """An endless, resumable supply of batches. What it may also tell before the first one: `group` of its batches, and `same_shapes`.
+    `renew()`, where it is there, is called when the run went back to older weights."""
 
     def next_batch(self, progress: float) -> Batch:
         """`progress` in [0, 1] is how much of the run is done; curricula follow it."""
@@ -149,8 +168,8 @@ class Documents:
 class PackedText:
     """Rows cut from the stream of shuffled documents: every position is real, documents may continue in the next row."""
 
-    apart = True
-    """Each row stands for itself: a batch may be computed in parts."""
+    group = 1
+    """As in its batches."""
     same_shapes = True
     """Batches have the shape of the first or of the last one of a run: worth compiling for."""
 
@@ -178,7 +197,7 @@ class PackedText:
         """Short rows come in proportionally larger number: the tokens of a batch stay the same."""
         length = self.length_at(progress)
         count = max(1, self.batch_size * self.max_length // length)
-        return replace(collate([self._next_row(length) for _ in range(count)], self.pad_id, length), group=1)
+        return replace(collate([self._next_row(length) for _ in range(count)], self.pad_id, length), group=self.group)
 
     def _next_row(self, length: int) -> Row:
         starts = self._stream()
@@ -285,7 +304,7 @@ class FittedBlocks(ABC):
 class PackedConversations(FittedBlocks):
     """Whole conversations fitted into rows (exactly where possible, within blocks of documents); rows of like length share a batch."""
 
-    apart = True
+    group = 1
 
     def __init__(
         self,
@@ -315,7 +334,7 @@ class PackedConversations(FittedBlocks):
             for document, start, stop in pieces:
                 row.add(self.documents.split.tokens(document, start, stop), self.documents.split.mask(document, start, stop))
             rows.append(row)
-        return replace(collate(rows, self.pad_id, limit=self.max_length), group=1)
+        return replace(collate(rows, self.pad_id, limit=self.max_length), group=self.group)
 
     def compose(self, documents: np.ndarray, random: np.random.Generator) -> list[list[Piece]]:
         pieces = [piece for document in documents for piece in self._pieces(int(document))]

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.checkpoint import CONFIG_FILE, find_model
+from model.checkpoint import find_model
 from model.cross_entropy import IGNORE, ROW_MULTIPLE, ScaledGradients, capped, compute_dtype, labelled
+from model.files import writing
 from model.tokenizer import THINK, THINK_END, BPETokenizer
 from model.transformer import SmartHaoAI
+from train.checkpoints import model_digest
 from train.data import Batch, BatchSource
 from train.losses import Term, forward_kl, lm_terms, reverse_kl, topk_forward_kl, topk_logs, topk_reverse_kl
-from train.store import file_digest
 
 if TYPE_CHECKING:
     from train.config import DistillConfig
@@ -96,14 +97,14 @@ def distillation_loss(settings: DistillConfig, teacher: Teacher | CachedTeacher)
     def loss(model: nn.Module, batch: Batch) -> list[Term]:
         out = model(**batch.inputs, output_hidden_states=True)
         hard, *others = lm_terms(out)
-        bare: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        student: Any = model
         states, chosen = _predicting_states(out.hidden_states, batch)
         compare = teacher.compare(batch, settings.kind)
         weights = batch.inputs.get("token_weights")
         row_weights = None if weights is None else weights.flatten()[chosen + 1]
         # A vocabulary may be padded with ids that stand for nothing, by each model to another size.
-        head = bare.head_weight[: teacher.vocab_size]
-        kl = linear_row_loss(states, head, bare.config.logit_softcap, compare, row_weights)
+        head = student.head_weight[: teacher.vocab_size]
+        kl = linear_row_loss(states, head, student.config.logit_softcap, compare, row_weights)
         total = settings.alpha * settings.temperature**2 * kl + (1 - settings.alpha) * hard.total
         return [
             Term("loss", total, "tokens"),
@@ -168,7 +169,8 @@ class CachedTeacher:
         self._id_type = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._own = folder / f"{uuid.uuid4().hex}.bin"
         self._places: dict[bytes, tuple[Path, int]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob("*.bin")):
             self._scan(file)
 
@@ -208,7 +210,7 @@ class CachedTeacher:
         all_ids = torch.cat(ids).cpu().numpy().astype(self._id_type)
         all_logs = torch.cat(logs).cpu().numpy().astype("<f2")
         start = 0
-        with open(self._own, "ab") as file:
+        with writing(self._own), open(self._own, "ab") as file:
             for digest, count in documents:
                 if digest not in self._places:
                     self._places[digest] = (self._own, file.tell())
@@ -260,11 +262,7 @@ def labelled_documents(batch: Batch) -> list[tuple[bytes, int]]:
 def cache_folder(store_dir: str | Path, teacher_dir: str | Path, size: int, temperature: float, top_k: int) -> Path:
     """Where the distributions of a teacher are kept: found by the bytes of its weights, the number of tokens that it shares with the
     student, the temperature and k."""
-    folder = find_model(teacher_dir)
-    digest = hashlib.blake2b(digest_size=10)
-    for file in [folder / CONFIG_FILE, *sorted(folder.glob("*.safetensors"))]:
-        digest.update(file_digest(file))
-    return Path(store_dir) / f"teacher-{digest.hexdigest()}-v{size}-k{top_k}-t{temperature:g}"
+    return Path(store_dir) / f"teacher-{model_digest(teacher_dir)}-v{size}-k{top_k}-t{temperature:g}"
 
 
 # ---------------------------------------------------------------- vocabulary and structure

@@ -73,7 +73,7 @@ def completion_log_probs(model: nn.Module, inputs: dict[str, Tensor], temperatur
     """Log-probability of every labelled token given those before it in its own sequence.
 
     inputs: a batch's `input_ids` and `labels` (B, T, unshifted, -100 outside the completions), with `segment_ids` or
-    `attention_mask`. `model` is a SmartHaoAI, or one wrapped for several processes. The logits are divided by `temperature`, as in
+    `attention_mask`. `model` is a SmartHaoAI. The logits are divided by `temperature`, as in
     sampling. The first token of a sequence is given, never predicted. Raises ValueError without labels or for temperature <= 0.
     """
     if "labels" not in inputs:
@@ -81,9 +81,9 @@ def completion_log_probs(model: nn.Module, inputs: dict[str, Tensor], temperatur
     labels, segment_ids = inputs["labels"], inputs.get("segment_ids")
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
     out = model(**arguments, output_hidden_states=True, return_logits=False)
-    bare: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    policy: Any = model
     chosen, targets = labelled(labels, segment_ids, labels.shape[1])
     states = out.hidden_states.reshape(-1, out.hidden_states.shape[-1]).index_select(0, chosen)
-    values, entropies = linear_log_probs(states, bare.head_weight, targets, bare.config.logit_softcap, temperature, entropy)
+    values, entropies = linear_log_probs(states, policy.head_weight, targets, policy.config.logit_softcap, temperature, entropy)
     numbers, count = sequence_numbers(inputs["input_ids"], segment_ids)
     return LogProbs(values, numbers.flatten()[chosen], count, states, entropies, out.aux_loss)

@@ -6,8 +6,7 @@ refuse what is not finite, update, log, evaluate, save.
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,49 +14,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from model.files import atomic_write_text
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
-from train.checkpoints import load_state, newest_checkpoint, restore, save_checkpoint
+from train import parallel, sharding
+from train.checkpoints import (
+    check_same_models,
+    intact_checkpoint,
+    load_best,
+    load_state,
+    restore_model,
+    restore_optimizers,
+    save_best,
+    save_checkpoint,
+)
 from train.config import StageConfig, to_yaml
-from train.data import Batch, BatchSource
-from train.metrics import LossFunction, MetricsLog, StepResult, Window
+from train.data import BatchSource
+from train.memory import out_of_memory, reason_of, release
+from train.metrics import LossFunction, StepResult, Window
 from train.optim import RATE, Muon, build_optimizers, lr_factor
-from train.plotting import plot_loss
+from train.planning import Plan, Prepare
+from train.progress import Display, Progress
+from train.record import Record
 from train.runtime import (
-    Precision,
     StopRequest,
-    choose_precision,
     device_name,
-    format_minutes,
-    peak_memory_mb,
+    only_for_show,
+    random_states,
     seed_everything,
+    set_random_states,
     set_threads,
-    timed,
 )
-from train.speed import (
-    CALIBRATED,
-    COMPILED,
-    COMPILED_GAIN,
-    best_positions,
-    compile_blocks,
-    compiled_passes,
-    compiler_problem,
-    keep_freed_memory,
-    return_freed_memory,
-    try_compiled,
-    undo_compiling,
-    usual_positions,
-)
+from train.speed import keep_freed_memory, undo_compiling
+from train.stability import LOWER_RATE, SPIKE, Watch, last_good_checkpoint, score
 
 Evaluate = Callable[[SmartHaoAI], dict[str, float]]
-Prepare = Callable[[SmartHaoAI, Precision], None]
-REPLAN_EVERY = 0.05  # share of a time budget after which its number of steps is corrected
 DEEP_FADE = 0.1  # last share of a run in which the training-only heads lose their weight
-FEW_STEPS = 50  # with fewer there is nothing worth measuring
-BUDGET_RESERVE = 0.97  # share of a time budget planned for steps; the rest is for evaluation and saving
 
 
 @dataclass
@@ -70,31 +63,9 @@ class FitResult:
     seconds: float
     interrupted: bool
     precision: str
+    processes: int = 1
     last: dict[str, Any] = field(default_factory=dict)
     """The last row of metrics.jsonl."""
-
-
-@dataclass
-class _Progress:
-    """What a checkpoint keeps of the loop itself."""
-
-    step: int = 0
-    total_steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    precision: str = ""
-    precision_reason: str = ""
-    skipped: int = 0
-    replanned: float = 0.0
-    preparing: float = 0.0
-    """Seconds before the first step: measuring, compiling, and what the stage does."""
-    at_once: int = 0
-    """Positions (rows times length) of a forward and backward pass; 0: the whole batch."""
-    compiled: bool = False
-
-    @property
-    def done(self) -> float:
-        return self.step / max(self.total_steps, 1)
 
 
 def fit(
@@ -107,15 +78,17 @@ def fit(
     tokenizer: BPETokenizer,
     sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None = None,
     prepare: Prepare | None = None,
+    begun_from: dict[str, str] | None = None,
     log: Callable[[str], object] = print,
 ) -> FitResult:
     """Train `model` by `settings.train`, writing metrics, plots and checkpoints to `settings.out_dir`.
 
     evaluate returns val_loss and the like; sample returns (prompt, answer) pairs. prepare is called once before the first step with
-    the model as it came (also when a run is resumed: its weights are restored after that) and the precision of the run. With
-    settings.resume the newest checkpoint of out_dir is continued. Raises ValueError when several steps in a row are not finite.
+    the model as it came (also when a run is resumed: its weights are restored after that) and the precision of the run.
+    begun_from: `models_begun_from` of the settings, which a resumed run must find unchanged. With settings.resume the newest intact
+    checkpoint of out_dir is continued. Raises ValueError when several steps in a row are not finite.
     """
-    return _Fit(settings, model, batches, loss_fn, evaluate, tokenizer, sample, prepare, log).run()
+    return _Fit(settings, model, batches, loss_fn, evaluate, tokenizer, sample, prepare, begun_from or {}, log).run()
 
 
 class _Fit:
@@ -129,177 +102,98 @@ class _Fit:
         tokenizer: BPETokenizer,
         sample: Callable[[SmartHaoAI], list[tuple[str, str]]] | None,
         prepare: Prepare | None,
+        begun_from: dict[str, str],
         log: Callable[[str], object],
     ) -> None:
         self.settings, self.train = settings, settings.train
         self.model, self.batches, self.loss_fn = model, batches, loss_fn
-        self.evaluate, self.tokenizer, self.sample, self.prepare, self.log = evaluate, tokenizer, sample, prepare, log
-        self.out_dir = Path(settings.out_dir)
+        self.evaluate, self.tokenizer, self.sample = evaluate, tokenizer, sample
+        self.log = log if parallel.is_first() else lambda text: None
+        self.out_dir, self.begun_from = Path(settings.out_dir), begun_from
         self.device = device_name(self.train.device)
+        parallel.check_device(self.device)
         set_threads(self.train.threads)
         keep_freed_memory()
         seed_everything(self.train.seed)
         self.model.to(self.device).train()
-        self.optimizers = build_optimizers(model, self.train, self.device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.state = _Progress()
-        self.skipped_in_a_row = 0
-        self.last_row: dict[str, Any] = {}
+        self.model.activation_checkpointing = self.train.activation_checkpointing
+        self.plan = Plan(settings, model, batches, loss_fn, self.device, prepare, self.log)
+        self.watch = Watch()
         self.lr: float | None = None
         self.window = Window()
 
     def run(self) -> FitResult:
-        checkpoint = newest_checkpoint(self.out_dir) if self.settings.resume else None
+        checkpoint, damaged = self._find_checkpoint()
+        for problem in damaged:
+            self.log(f"warning: {problem}; set aside, going on from {checkpoint}")
         if checkpoint is not None:
             saved = load_state(checkpoint)
-            self.state = _Progress(**saved["progress"])
-            self.window = Window(**saved["window"])
-            if self.train.max_steps:
-                self.state.total_steps = self.train.max_steps
-            self.precision = Precision(self.state.precision, self.device, self.state.precision_reason)
-            self._prepare()
-            if self.state.compiled:
-                self._compile_again()
+            check_same_models(checkpoint, saved.get("models", {}), self.begun_from, self.settings)
+            self.plan.obey(Progress(**saved["progress"]))
+            self.window, self.watch = Window(**saved["window"]), Watch(**saved.get("watch", {}))
             self.batches.load_state_dict(saved["cursor"])
-            restore(checkpoint, self.model, self.optimizers)
-            self.log(f"resuming from {checkpoint} at step {self.state.step}")
+            restore_model(checkpoint, self.model)
+            self.log(f"resuming from {checkpoint} at step {self.plan.state.step}")
         else:
-            self._plan()
+            self.plan.make()
+        how = self._begin(checkpoint)
+        for problem in damaged:
+            self.metrics.event(self.state.step, "damaged_checkpoint", problem=problem)
+        if parallel.is_first():
+            atomic_write_text(self.out_dir / "run.yaml", to_yaml(self.settings))
+        at_once = f"; {self.state.at_once:,} positions at once" if self.state.at_once else ""
+        at_once += f"; {parallel.size()} processes ({how})" if how != "none" else ""
+        self.log(f"precision {self.precision.name} ({self.precision.reason}){at_once}; {self.state.total_steps:,} steps")
+        try:
+            with (
+                StopRequest().installed() as stop,
+                self.plan.passes(compiled=False),
+                Display(self.out_dir.name, self.state, self.train.log_every) as self.display,
+            ):
+                interrupted = self._steps(stop)
+        finally:
+            undo_compiling(self.model)
+            self.metrics.close()
+        if self.train.patience and self.state.best is not None and not interrupted:
+            self._take_best()
+        self.metrics.plot(f"{self.out_dir.name}: {self.model.num_parameters() / 1e6:.1f}M parameters")
+        return FitResult(
+            self.state.step,
+            self.state.total_steps,
+            self.state.tokens,
+            self.state.seconds,
+            interrupted,
+            self.precision.name,
+            parallel.size(),
+            self.metrics.last,
+        )
+
+    def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """As `intact_checkpoint`, where the run is to be resumed: what rank 0 finds."""
+        found, damaged = intact_checkpoint(self.out_dir) if self.settings.resume and parallel.is_first() else (None, [])
+        place, damaged = parallel.from_first([None if found is None else str(found), damaged])
+        return None if place is None else Path(place), damaged
+
+    def _begin(self, checkpoint: Path | None) -> str:
+        """What the steps need besides the plan. checkpoint: from which the run is resumed. Returns how the processes share the model."""
+        self.state, self.precision = self.plan.state, self.plan.precision
+        # All that was measured and restored so far was each process's own model in one piece.
+        how = sharding.choose(self.train.parallel, self.model, self.device)
+        if how == "fsdp":
+            sharding.shard(self.model, self.device)
+        self.shared = parallel.SharedLoss(self.model, self.loss_fn, how)
+        self.optimizers = build_optimizers(self.model, self.train, self.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 optimizer.compute_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
         self.scaler = self.precision.scaler()
         if checkpoint is not None:
-            self.scaler.load_state_dict(saved["scaler"])
-        self.metrics = MetricsLog(self.out_dir, -1 if checkpoint is None else self.state.step)
-        for row in self.metrics.rows:
-            self.last_row.update({k: v for k, v in row.items() if v is not None})
-        atomic_write_text(self.out_dir / "run.yaml", to_yaml(self.settings))
-        at_once = f"; {self.state.at_once:,} positions at once" if self.state.at_once else ""
-        self.log(f"precision {self.precision.name} ({self.precision.reason}){at_once}; {self.state.total_steps:,} steps")
-        try:
-            with StopRequest().installed() as stop, self._passes(compiled=False), self._bar() as self.bar:
-                interrupted = self._steps(stop)
-        finally:
-            undo_compiling(self.model)
-            self.metrics.close()
-        plot_loss(self.metrics.rows, self.out_dir / "loss.png", f"{self.out_dir.name}: {self.model.num_parameters() / 1e6:.1f}M parameters")
-        return FitResult(
-            self.state.step, self.state.total_steps, self.state.tokens, self.state.seconds, interrupted, self.precision.name, self.last_row
-        )
-
-    def _plan(self) -> None:
-        """Decide once what is measured: precision, rows per pass, compiled blocks, and the number of steps of a time budget (of what
-        preparing leaves)."""
-        began = time.perf_counter()
-        train, rows_per_step = self.train, self.train.batch_size * self.train.accumulation_steps
-        timed_run = bool(train.max_minutes and not train.max_steps)
-        steps = train.max_steps or max(1, round(train.epochs * self.batches.rows_per_epoch() / rows_per_step))
-        cursor, random = self.batches.state_dict(), torch.get_rng_state()
-        same_shapes = bool(getattr(self.batches, "same_shapes", False))
-        measured = train.precision == "auto" or timed_run or train.compile == "on" or (same_shapes and steps >= FEW_STEPS)
-        if measured:  # a batch of rollouts is dear
-            probe = self.batches.next_batch(1.0).to(self.device)
-            first = self.batches.next_batch(0.0).to(self.device)
-            self.batches.load_state_dict(cursor)
-
-        self.state.at_once = usual_positions(train.micro_batch, self.settings.data.max_length, self.device)
-        self.precision = choose_precision(train, self.device, lambda: self._trial_in_parts(probe))
-        self.state.precision, self.state.precision_reason = self.precision.name, self.precision.reason
-        self._prepare()
-        if measured:
-            shapes = [first, probe]
-            with self.precision.autocast():
-                self._trial_in_parts(probe)
-                per_step = self._timed_trial(probe) * train.accumulation_steps
-                self._plan_passes(shapes, train.max_minutes * 60 if timed_run else steps * per_step, same_shapes)
-                if timed_run:
-                    times = [[self._timed_trial(batch) for batch in shapes] for _ in range(3)][1:]
-                    per_step = sum(map(min, zip(*times, strict=True))) / len(shapes) * train.accumulation_steps
-        torch.set_rng_state(random)
-        self.model.take_expert_load()  # of the trials
-        return_freed_memory()
-        self.state.preparing = time.perf_counter() - began
-        self.state.total_steps = max(1, int(self._budget * BUDGET_RESERVE / per_step)) if timed_run else steps
-
-    def _plan_passes(self, shapes: list[Batch], seconds: float, same_shapes: bool) -> None:
-        """Rows per pass and compiled blocks, where a run of that many seconds is long enough to earn back the time of trying."""
-        train = self.train
-        if not train.micro_batch and self.device == "cpu" and seconds > CALIBRATED:
-            self.state.at_once = best_positions(shapes[-1], self._trial, self.device)
-        if train.compile == "on" or (train.compile == "auto" and seconds > COMPILED and same_shapes):
-            least = 0.0 if train.compile == "on" else COMPILED_GAIN
-            self.state.compiled, said = try_compiled(self.model, shapes, self._trial_in_parts, self.device, least)
-            self.log(said)
-
-    def _compile_again(self) -> None:
-        problem = compiler_problem()
-        if problem is None:
-            compile_blocks(self.model)
-        else:
-            self.state.compiled = False
-            self.log(f"the run began with compiled blocks, and torch.compile does not work here ({problem}): it goes on without")
-
-    def _trial(self, batch: Batch) -> None:
-        """A forward and a backward pass that changes nothing."""
-        terms = self.loss_fn(self.model, batch)
-        torch.stack([term.total for term in terms if not term.metric]).sum().backward()
-        self.model.zero_grad(set_to_none=True)
-
-    def _trial_in_parts(self, batch: Batch) -> None:
-        for part in self._parts(batch):
-            self._trial(part)
-
-    def _timed_trial(self, batch: Batch) -> float:
-        with self._passes(compiled=True):
-            return timed(lambda: self._trial_in_parts(batch), self.device)
-
-    def _passes(self, compiled: bool) -> contextlib.AbstractContextManager[Any]:
-        """Compiled blocks are for the training passes alone; without them there is nothing to switch (and no compiler to import)."""
-        return compiled_passes(compiled) if self.state.compiled else contextlib.nullcontext()
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch in as many rows at once as was decided."""
-        length = batch.inputs["input_ids"].shape[1]
-        return batch.split(max(1, self.state.at_once // length)) if self.state.at_once else [batch]
-
-    def _prepare(self) -> None:
-        if self.prepare is not None:
-            random = torch.get_rng_state()
-            self.prepare(self.model, self.precision)
-            self.model.train()
-            torch.set_rng_state(random)
-
-    @property
-    def _budget(self) -> float:
-        """Seconds for the steps; 0: there is no time budget. Whatever preparing took, a tenth of the time is for learning."""
-        whole = self.train.max_minutes * 60
-        return max(whole - self.state.preparing, whole / 10)
-
-    def _replan(self) -> None:
-        """Keep a time budget on a machine whose speed changes: correct the number of steps while the learning rate is still high."""
-        budget = self._budget
-        if not budget or self.train.max_steps or self.state.step < 5:
-            return
-        elapsed = self.state.seconds / budget
-        if elapsed - self.state.replanned < REPLAN_EVERY or self.state.done > 1 - self.train.decay_share / 2:
-            return
-        self.state.replanned = elapsed
-        total = max(self.state.step + 1, round(self.state.step * BUDGET_RESERVE / elapsed))
-        if abs(total - self.state.total_steps) > 0.02 * self.state.total_steps:
-            self.metrics.event(self.state.step, "replanned", total_steps=total, before=self.state.total_steps)
-            self.state.total_steps = self.bar.total = total
-
-    def _bar(self) -> Any:
-        return tqdm(
-            total=self.state.total_steps,
-            initial=self.state.step,
-            unit="step",
-            desc=self.out_dir.name,
-            disable=None,
-            dynamic_ncols=True,
-            smoothing=0.05,
-        )
+            restore_optimizers(checkpoint, self.model, self.optimizers)
+            self.scaler.load_state_dict(load_state(checkpoint)["scaler"])
+        self.metrics = Record(self.out_dir, self.state, self.device, -1 if checkpoint is None else self.state.step, self.log)
+        self._tell_halvings()
+        return how
 
     def _steps(self, stop: StopRequest) -> bool:
         """Run to the end; True when the user stopped it before."""
@@ -310,141 +204,219 @@ class _Fit:
             start = time.perf_counter()
             self.window.add(self._step())
             self.state.step += 1
-            spent = time.perf_counter() - start
+            if self.state.bad_in_a_row > self.train.max_skipped_steps or 0 < self.train.max_spike_steps < self.state.spikes_in_a_row:
+                self._roll_back()
+            spent = parallel.largest(time.perf_counter() - start)[0]
             self.state.seconds += spent
             self.window.seconds += spent
-            self._replan()
+            if total := self.plan.corrected_steps():
+                self.metrics.event(self.state.step, "replanned", total_steps=total, before=self.state.total_steps)
+                self.state.total_steps = total
             step, last = self.state.step, self.state.step >= self.state.total_steps
             evaluated = self._evaluate() if last or (self.train.eval_every and step % self.train.eval_every == 0) else {}
+            if self.train.patience and evaluated and self._enough(evaluated):
+                last = True
             if evaluated or last or step % self.train.log_every == 0:
                 self._log_row(self.window, evaluated)
                 self.window = Window()
-            self.bar.update(1)
+            self.display.advance()
             due = self.train.checkpoint_every and step % self.train.checkpoint_every == 0
             overdue = self.train.checkpoint_minutes and time.monotonic() - saved_at > self.train.checkpoint_minutes * 60
-            if due or overdue or last or stop.requested:
+            overdue, stopping = parallel.largest(bool(overdue), stop.requested)
+            if due or overdue or last or stopping:
                 self._save()
                 saved_at = time.monotonic()
             if last or (self.train.sample_every and step % self.train.sample_every == 0):
                 self._write_samples()  # after the checkpoint: what is only for show must not cost a run
-            if stop.requested and not last:
+            if stopping and not last:
                 return True
         return False
 
     def _step(self) -> StepResult:
         """One optimiser step."""
-        lr = self.train.lr * lr_factor(self.train, self.state.step, self.state.total_steps)
+        parallel.seed_step(self.train.seed, self.state.step)
+        lr = self.train.lr * lr_factor(self.train, self.state.step, self.state.total_steps) * self.state.rate
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get(RATE, 1.0)
         self.lr = lr
         self.model.deep_weight = min(1.0, (1 - self.state.done) / DEEP_FADE)
+        # Processes meet in their passes: one alone cannot begin anew.
+        result = self.plan.fitting(self._gradients, self._way_back() if parallel.size() == 1 else None)
+        self._tell_halvings()
+        result.loss_sum, result.others, result.metrics, load = parallel.add_up(
+            result.loss_sum, result.others, result.metrics, self.model.take_expert_load()
+        )
+        result.norm = self._update(result.loss_sum)
+        if not self.state.bad_in_a_row:
+            self._watch_loss(result.loss_sum / max(result.weight, 1.0))
+        self.state.tokens += result.real
+        if load is not None:
+            result.expert_load = load.tolist()
+            if not self.state.bad_in_a_row:
+                self.model.balance_experts(load)
+        return result
+
+    def _way_back(self) -> Callable[[], None]:
+        """What puts things back as they are now, before a step."""
+        cursor, random = self.batches.state_dict(), random_states()
+
+        def undo() -> None:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            self.model.forget_pass()
+            self.batches.load_state_dict(cursor)
+            set_random_states(random)
+
+        return undo
+
+    def _gradients(self) -> StepResult:
+        """The gradients of a step, and this process's sums as far as they are known before the update."""
         batches = [self.batches.next_batch(self.state.done) for _ in range(self.train.accumulation_steps)]
-        micro = [part for batch in batches for part in self._parts(batch)]
-        totals: dict[str, float] = {"micro_batches": len(micro)}
+        micro, passes = parallel.own_parts(batches, self.plan.parts)
+        totals: dict[str, float] = {"micro_batches": passes}
         for batch in batches:
             for name, weight in batch.weights.items():
                 totals[name] = totals.get(name, 0.0) + weight
         loss_sum = 0.0
         others: dict[str, float] = {}
         metrics: dict[str, list[float]] = {}
-        for batch in micro:
-            with self._passes(compiled=True):
+        for number, (batch, counted) in enumerate(micro, start=1):
+            with self.plan.passes(compiled=True), self.shared.sending(last=number == len(micro)):
                 with self.precision.autocast():
-                    terms = self.loss_fn(self.model, batch.to(self.device))
+                    terms = self.shared(batch.to(self.device))
                 losses = [term for term in terms if not term.metric]
-                parts = [term.total / max(totals[term.weight], 1.0) for term in losses]
-                self.scaler.scale(torch.stack(parts).sum()).backward()
-            loss_sum += float(losses[0].total.detach())
+                parts = [term.total * counted / max(totals[term.weight], 1.0) for term in losses]
+                # The mean over processes that is taken of the gradients becomes a sum.
+                self.scaler.scale(torch.stack(parts).sum() * parallel.size()).backward()
+            loss_sum += float(losses[0].total.detach()) * counted
             for term, part in zip(losses[1:], parts[1:], strict=True):
                 others[term.name] = others.get(term.name, 0.0) + float(part.detach())
             logged = [term for term in terms if term.metric]
             values = torch.stack([term.total.detach().float() for term in logged]).tolist() if logged else []
             for term, value in zip(logged, values, strict=True):
-                metrics[term.name] = [metrics.get(term.name, [0.0])[0] + value, totals[term.weight]]
+                metrics[term.name] = [metrics.get(term.name, [0.0])[0] + value * counted, totals[term.weight]]
         positions, real = sum(b.positions for b in batches), sum(b.real for b in batches)
-        norm = self._update(loss_sum)
-        self.state.tokens += real
-        load = self.model.take_expert_load()
-        if load is not None and not self.skipped_in_a_row:
-            self.model.balance_experts(load)
-        expert_load = None if load is None else load.tolist()
-        return StepResult(loss_sum, totals[losses[0].weight], norm, positions, real, others, metrics, expert_load)
+        return StepResult(loss_sum, totals[losses[0].weight], 0.0, positions, real, others, metrics, None)
 
     def _update(self, loss_sum: float) -> float:
         """Clip and apply the gradients, unless the loss or their norm is not finite. Returns the norm before clipping."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip or float("inf")))
-        finite = torch.isfinite(torch.tensor([loss_sum, norm])).all()
-        if finite:
+        norm = float(sharding.whole_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip or float("inf"))))
+        if math.isfinite(loss_sum) and math.isfinite(norm):
+            if self.train.adaptive_clip:
+                limit = self.watch.norm_limit(norm, self.train.adaptive_clip)
+                if limit < min(norm, self.train.clip or norm):
+                    torch.nn.utils.clip_grad_norm_(self.parameters, limit)
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-            self.skipped_in_a_row = 0
+            self.state.bad_in_a_row = 0
         else:
             self.state.skipped += 1
-            self.skipped_in_a_row += 1
+            self.state.bad_in_a_row += 1
             # The number of the step that is running: a run resumed from the checkpoint before it logs the event again.
             self.metrics.event(self.state.step + 1, "skipped", loss=str(loss_sum), grad_norm=str(norm))
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if self.skipped_in_a_row > self.train.max_skipped_steps:
-            raise ValueError(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (step {self.state.step}): "
-                f"lower train.lr={self.train.lr:g}, or set train.precision=fp32; the last checkpoint is untouched"
-            )
         return norm
+
+    def _watch_loss(self, loss: float) -> None:
+        deviations = self.watch.deviations(loss)
+        if deviations <= SPIKE:
+            self.state.spikes_in_a_row = 0
+            return
+        self.state.spikes += 1
+        self.state.spikes_in_a_row += 1
+        self.metrics.event(self.state.step + 1, "spike", loss=loss, deviations=round(deviations, 1))
+
+    def _roll_back(self) -> None:
+        """After repeated trouble: on from the last good checkpoint, more carefully. The data that led here is not gone through again."""
+        state, train = self.state, self.train
+        trouble = (
+            f"{state.bad_in_a_row} steps in a row had a loss or gradient that is not finite"
+            if state.bad_in_a_row
+            else f"{state.spikes_in_a_row} steps in a row had a loss far above those before"
+        )
+        found = last_good_checkpoint(self.out_dir) if parallel.is_first() else None
+        found = parallel.from_first(None if found is None else str(found))
+        good = None if found is None else Path(found)
+        if good is None or state.rollbacks >= train.max_rollbacks:
+            back = f"after going back {state.rollbacks} times" if good is not None else "and there is no checkpoint to go back to"
+            raise ValueError(
+                f"{trouble} (step {state.step}), {back}: lower train.lr={train.lr:g}, or set train.precision=fp32; "
+                "the last checkpoint is untouched"
+            )
+        restore_model(good, self.model)
+        restore_optimizers(good, self.model, self.optimizers)
+        if (renew := getattr(self.batches, "renew", None)) is not None:
+            renew()
+        state.rollbacks += 1
+        state.rate *= LOWER_RATE
+        state.bad_in_a_row = state.spikes_in_a_row = 0
+        self.metrics.event(state.step, "rolled_back", to=good.name, rate=state.rate, trouble=trouble)
+        self.log(f"step {state.step}: {trouble}; going on with the weights of {good.name} at {state.rate:g} of the learning rate")
+
+    def _enough(self, evaluated: dict[str, float]) -> bool:
+        """Keep the best weights; True when the last `patience` evaluations did not better them."""
+        state, found = self.state, parallel.from_first(score(evaluated))
+        if found is None:
+            return False
+        if math.isfinite(found) and (state.best is None or found < state.best):
+            state.best, state.best_step, state.without_gain = found, state.step, 0
+            save_best(self.out_dir, self.model, self.tokenizer)
+            return False
+        state.without_gain += 1
+        if state.without_gain < self.train.patience or state.step >= state.total_steps:
+            return False
+        state.total_steps, state.stopped_early = state.step, True
+        self.metrics.event(state.step, "stopped_early", best_step=state.best_step, evaluations=state.without_gain)
+        self.log(f"step {state.step}: no gain on held-out data in {state.without_gain} evaluations; the run ends here")
+        return True
+
+    def _take_best(self) -> None:
+        """The finished model is the best one that was measured, and so are the figures that are told of it."""
+        load_best(self.out_dir, self.model)
+        row = next((row for row in self.metrics.rows if row["step"] == self.state.best_step), {})
+        self.metrics.last.update({name: value for name, value in row.items() if name.startswith("val_") and value is not None})
+        self.log(f"the finished model is that of step {self.state.best_step}, the best on held-out data")
+
+    def _tell_halvings(self) -> None:
+        for details in self.plan.events:
+            self.metrics.event(self.state.step + 1, "halved", **details)
+        self.plan.events.clear()
 
     def _evaluate(self) -> dict[str, float]:
         if self.evaluate is None:
             return {}
-        with self.precision.autocast():
-            result = self.evaluate(self.model)
-        self.model.train()
-        return result
+        try:
+            with self.precision.autocast(), sharding.whole(self.model):
+                return self.evaluate(self.model)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or parallel.size() > 1:  # the others wait for this one's part
+                raise
+            reason = reason_of(error)
+        finally:
+            self.model.train()
+        release(self.device)
+        self.metrics.event(self.state.step, "not_evaluated", reason=reason)
+        self.log(f"step {self.state.step}: not enough memory to evaluate, which is left out ({reason}); lower train.batch_size")
+        return {}
 
     def _log_row(self, window: Window, evaluated: dict[str, float]) -> None:
-        row = {
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "loss": window.loss,
-            "lr": self.lr,
-            "grad_norm": window.norm,
-            "tokens_per_second": window.real / window.seconds if window.seconds else None,
-            "real_token_share": window.real / window.positions if window.positions else None,
-            "val_loss": evaluated.get("val_loss"),
-            "val_bpb": evaluated.get("val_bpb"),
-            "peak_memory_mb": peak_memory_mb(self.device),
-            "seconds": self.state.seconds,
-            "skipped": self.state.skipped,
-            **window.extra(),
-            **{k: v for k, v in evaluated.items() if k not in ("val_loss", "val_bpb")},
-        }
-        self.metrics.add(row)
-        self.last_row = {**self.last_row, **{k: v for k, v in row.items() if v is not None}}
-        shown = f"loss {window.loss:.3f}" if window.loss is not None else "nothing learned" if self.state.step else "before training"
-        if evaluated.get("val_loss") is not None:
-            shown += f"  held-out {evaluated['val_loss']:.3f}"
-            shown += f" ({evaluated['val_bpb']:.3f} bits/byte)" if "val_bpb" in evaluated else ""
-            shown += f" (accuracy {evaluated['val_accuracy']:.3f})" if "val_accuracy" in evaluated else ""
-            plot_loss(self.metrics.rows, self.out_dir / "loss.png", self.out_dir.name)
-        shown += "".join(f"  held-out {name} {evaluated[f'val_{name}']:.3f}" for name in ("reward", "exact") if f"val_{name}" in evaluated)
-        if not self.bar.disable:
-            self.bar.set_postfix_str(shown)
-        elif evaluated or self.state.step % (self.train.log_every * 5) == 0 or self.state.step == self.state.total_steps:
-            shown = f"step {self.state.step}/{self.state.total_steps}  {shown}"
-            if self.state.step:
-                left = self.state.seconds / self.state.step * (self.state.total_steps - self.state.step)
-                shown += f"  {row['tokens_per_second'] or 0:,.0f} tokens/s  {format_minutes(left)} left"
-            print(shown, file=sys.stderr, flush=True)
+        self.display.show(self.metrics.report(window, evaluated, self.lr), evaluated)
 
     def _write_samples(self) -> None:
         if self.sample is None:
             return
         random = torch.get_rng_state()
-        for prompt, answer in self.sample(self.model.eval()):
-            self.metrics.event(self.state.step, "sample", prompt=prompt, answer=answer)
+        with sharding.whole(self.model):
+            if parallel.is_first():
+                with parallel.alone():
+                    for prompt, answer in self.sample(self.model.eval()):
+                        with only_for_show("samples"):
+                            self.metrics.event(self.state.step, "sample", prompt=prompt, answer=answer)
         self.model.train()
         torch.set_rng_state(random)
 
@@ -454,5 +426,8 @@ class _Fit:
             "window": vars(self.window),
             "cursor": self.batches.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "watch": vars(self.watch),
+            "models": self.begun_from,
         }
+        self.metrics.flush()
         save_checkpoint(self.out_dir, self.state.step, self.model, self.tokenizer, self.optimizers, state, self.train.keep_checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -12,63 +13,88 @@ from typing import Any
 
 import torch
 
-from model.files import atomic_write_text
+from model.files import append_line, atomic_write_text, sync, writing
 from model.tokenizer import BPETokenizer
 from model.transformer import IGNORE, SmartHaoAI
+from train import parallel
 from train.data import Batch
 from train.losses import Term
+from train.memory import by_halves
+from train.runtime import only_for_show
 
 LossFunction = Callable[[torch.nn.Module, Batch], list[Term]]
 
 EVALUATION_ROWS = 16
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
+OF_THE_MACHINE = {"seconds", "tokens_per_second", "peak_memory_mb", "memory_mb", "reserved_memory_mb"}
+"""Keys of a row that differ between two runs that are otherwise the same."""
 
 
 class MetricsLog:
     """Appends one JSON object per logged step to metrics.jsonl; mirrors numbers to TensorBoard when it is installed."""
 
-    def __init__(self, out_dir: Path, from_step: int = -1) -> None:
-        """from_step: step of the checkpoint that the run resumes from; -1: it begins, and nothing of an earlier attempt is kept."""
-        self.out_dir = out_dir
-        out_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, out_dir: Path, from_step: int = -1, write: bool = True) -> None:
+        """from_step: step of the checkpoint that the run resumes from; -1: it begins, and nothing of an earlier attempt is kept. write:
+        not in the processes after the first, whose log stays empty."""
+        self.out_dir, self.write = out_dir, write
+        self.rows: list[dict[str, Any]] = []
+        self._board: Any = None
+        if not write:
+            return
+        with writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
         self.path, self.events_path = out_dir / METRICS_FILE, out_dir / EVENTS_FILE
         for path in (self.path, self.events_path):
             # What was logged after the checkpoint that a run resumes from will be logged again.
             kept = [row for row in read_jsonl(path) if row["step"] <= from_step]
             atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         self.rows = read_jsonl(self.path)
-        try:
+        with contextlib.suppress(ImportError), self._on_board():
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
+
             self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=max(from_step, 0))
 
     def add(self, row: dict[str, Any]) -> None:
+        if not self.write:
+            return
         self.rows.append(row)
-        _append(self.path, row)
-        if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+        append_line(self.path, json.dumps(row, ensure_ascii=False))
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                with self._on_board():
+                    if self._board is not None:
+                        self._board.add_scalar(name, value, row["step"])
 
     def event(self, step: int, kind: str, **details: Any) -> None:
         """Something that happened once: a skipped step, a new plan, a sample."""
-        append_event(self.out_dir, step, kind, **details)
+        if self.write:
+            append_event(self.out_dir, step, kind, **details)
+
+    def flush(self) -> None:
+        """Onto the disk with what was logged: before the checkpoint behind which it will not be logged again."""
+        for path in (self.path, self.events_path) if self.write else ():
+            if path.is_file():
+                with writing(path):
+                    sync(path)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        with self._on_board():
+            if self._board is not None:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _on_board(self) -> Iterator[None]:
+        with only_for_show("TensorBoard"):
+            try:
+                yield
+            except OSError:
+                self._board = None
+                raise
 
 
 def append_event(out_dir: Path, step: int, kind: str, **details: Any) -> None:
     """One line of events.jsonl: something that happened once."""
-    _append(out_dir / EVENTS_FILE, {"step": step, "event": kind, **details})
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    append_line(out_dir / EVENTS_FILE, json.dumps({"step": step, "event": kind, **details}, ensure_ascii=False))
 
 
 @dataclass
@@ -156,13 +182,12 @@ def held_out_loss(model: torch.nn.Module, batches: list[Batch], byte_lengths: to
     """val_loss (nats per learned token) and val_bpb (bits per UTF-8 byte of those tokens)."""
     model.eval()
     nats = tokens = size = 0.0
-    for batch in batches:
-        batch = batch.to(device)
-        out = model(**batch.inputs)
-        nats += float(out.loss_sum)
+    for batch in batches[parallel.rank() :: parallel.size()]:
+        nats += sum(by_halves(batch, lambda part: float(model(**part.to(device).inputs).loss_sum)))
         tokens += batch.weights["tokens"]
         size += float(byte_lengths[_predicted_labels(batch.inputs)].sum())
     model.train()
+    nats, tokens, size = parallel.summed([nats, tokens, size])
     if not tokens:
         return {}
     return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(size, 1.0)}
@@ -174,12 +199,20 @@ def held_out_terms(model: torch.nn.Module, batches: Iterable[Batch], loss_fn: Lo
     model.eval()
     totals: dict[tuple[str, str], float] = {}
     weights: dict[str, float] = {}
-    for batch in batches:
-        for name, weight in {**batch.weights, "micro_batches": 1.0}.items():
-            weights[name] = weights.get(name, 0.0) + weight
-        for term in loss_fn(model, batch.to(device)):
-            totals[term.name, term.weight] = totals.get((term.name, term.weight), 0.0) + float(term.total)
+    count = parallel.size()
+    for number, batch in enumerate(batches):
+        mine = number % count == parallel.rank() % count
+        if not mine and number:  # every process computes the first, to know what terms there are
+            parts = []
+        else:
+            parts = by_halves(batch, lambda part: [(term.name, term.weight, float(term.total)) for term in loss_fn(model, part.to(device))])
+        for name, weight in {**batch.weights, "micro_batches": float(len(parts))}.items():
+            weights[name] = weights.get(name, 0.0) + weight * mine
+        for name, divisor, total in (term for part in parts for term in part):
+            totals[name, divisor] = totals.get((name, divisor), 0.0) + total * mine
     model.train()
+    sums = parallel.summed([*totals.values(), *weights.values()])
+    totals, weights = dict(zip(totals, sums, strict=False)), dict(zip(weights, sums[len(totals) :], strict=True))
     return {f"val_{name}": total / weights[weight] for (name, weight), total in totals.items() if weights[weight]}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from train.config import OptimizationConfig
+from train.sharding import own_part, whole_tensor
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 # Not maps from one space to another, though they have two dimensions: a router's and a temperature's rows are addresses, a table's entries.
@@ -42,6 +43,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
+        divided: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -53,9 +55,13 @@ class Muon(torch.optim.Optimizer):
                 update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 rows = group["split"] or update.shape[-2]
+                whole = parameter
+                if (gathered := whole_tensor(update)) is not update:  # divided among processes; orthogonal is only all of it
+                    update, whole = gathered, torch.zeros_like(gathered)
+                    divided.append((parameter, whole))
                 # A stack of matrices is one tall matrix of fused ones.
                 columns = update.shape[-1]
-                targets = parameter.view(-1, columns).split(rows)
+                targets = whole.view(-1, columns).split(rows)
                 for piece, target in zip(update.reshape(-1, columns).split(rows), targets, strict=True):
                     if piece.shape[0] > piece.shape[1]:
                         piece, target = piece.T, target.T
@@ -66,6 +72,8 @@ class Muon(torch.optim.Optimizer):
             for result, (_, target, lr) in zip(results, items, strict=True):
                 # 0.2 * sqrt(longer side) gives the update the root mean square of a typical AdamW update.
                 target.add_(result.to(target.dtype), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+        for parameter, change in divided:
+            parameter.add_(own_part(change, parameter))
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

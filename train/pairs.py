@@ -103,9 +103,10 @@ class PackedPairs(FittedBlocks):
         return (2 * pair, cut, first), (2 * pair + 1, cut, min(second, cut + self.max_length) if self.judged else second)
 
     def _batch(self, units: list[list[list[Piece]]]) -> Batch:
-        rows, documents, learned = [], [], []
+        rows, documents, learned, held = [], [], [], []
         for pieces in (row for unit in units for row in unit):
             row = Row()
+            held.append(len(pieces))
             for document, start, stop in pieces:
                 row.add(self.documents.split.tokens(document, start, stop), self.documents.split.mask(document, start, stop))
                 documents.append(document)
@@ -124,6 +125,11 @@ class PackedPairs(FittedBlocks):
             batch.weights["tokens"] = float(sum(learned[::2]))
         else:
             batch.extra["margins"] = of_pairs
+            # A pair may lie in two rows, which are never torn apart: between them an odd number of sequences has been. Judged answers
+            # are needed all together: the drift from the reference is estimated over them.
+            before = np.cumsum([0, *held])
+            batch.cuts = [row for row in range(1, len(rows)) if before[row] % 2 == 0]
+            batch.entries = {"documents": held, "margins": np.diff(before // 2).tolist()}
         return batch
 
     def _survey(self, log: Callable[[str], object] | None) -> np.ndarray:

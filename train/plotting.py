@@ -5,6 +5,7 @@ Words in plots are English: matplotlib's own fonts have no Chinese characters.
 
 from __future__ import annotations
 
+import gc
 import io
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def save_figure(figure: Any, file: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     pyplot().close(figure)
+    figure.clear()
+    gc.collect()  # a figure is a tangle of cycles of some megabytes, of which a run would gather dozens before Python looks for them
     atomic_write_bytes(file, buffer.getvalue())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from model.lora import disabled
 from model.reward import RewardModel, check_same_vocabulary
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
+from train import parallel
 from train.config import GRPOStageConfig, PPOStageConfig, UsageError, stage_name
-from train.data import Batch
 from train.log_probs import completion_log_probs
 from train.loop import LossFunction
 from train.metrics import METRICS_FILE, append_event, read_jsonl
+from train.planning import Prepare
 from train.plotting import plot_panels
 from train.prompts import Prompt, read_prompts
 from train.reference import disable_dropout
+from train.rehearsal import rehearse
 from train.rewards import NEED_REFERENCE, NEED_RESULT, Judge, check_weights
 from train.rollout import LOGGED, REWARD, RolloutSource
-from train.runtime import Precision, device_name, format_minutes, timed
-from train.stage import Log, begin, make_model, print_plan, run_stage
+from train.runtime import Precision, device_name, format_minutes, only_for_show, timed
+from train.stage import Log, begin, make_model, print_peak, print_plan, run_stage
 
 PolicyConfig = PPOStageConfig | GRPOStageConfig
 MakeSource = Callable[..., RolloutSource]
@@ -89,9 +92,6 @@ def run_policy_stage(
     model = make_model(settings, config)
     disable_dropout(model)
     source.attach(model)
-    if settings.dry_run:
-        print_time(settings, model, source, loss_fn, log)
-        return 0
     reference = frozen_model(settings).to(device) if own_reference else None
     if reference_needed:
         source.reference = lambda inputs: reference_log_probs(reference or model, inputs, rollout.temperature)
@@ -99,6 +99,9 @@ def run_policy_stage(
     def prepare(model: SmartHaoAI, precision: Precision) -> None:
         source.precision = precision
 
+    if settings.dry_run:
+        print_time(settings, model, source, loss_fn, tokenizer, prepare, log)
+        return 0
     shown = (held_out or train)[:SHOWN_PROMPTS]
     asked = held_out[: rollout.eval_prompts]
     status = run_stage(
@@ -118,31 +121,39 @@ def run_policy_stage(
         },
         log=log,
     )
+    if not parallel.is_first():
+        return status
     out = Path(settings.out_dir)
     name = stage_name(type(settings))
-    plot_panels(read_jsonl(out / METRICS_FILE), out / f"{name}.png", panels, out.name if out.name == name else f"{out.name}: {name}")
+    with only_for_show(f"{name}.png"):
+        title = out.name if out.name == name else f"{out.name}: {name}"
+        plot_panels(read_jsonl(out / METRICS_FILE), out / f"{name}.png", panels, title)
     return status
 
 
-def print_time(settings: PolicyConfig, model: SmartHaoAI, source: RolloutSource, loss_fn: LossFunction, log: Log) -> None:
-    """--dry-run: the time of the run, from one rollout and one update of a model that is then thrown away; fp32 unless another is set."""
+def print_time(
+    settings: PolicyConfig,
+    model: SmartHaoAI,
+    source: RolloutSource,
+    loss_fn: LossFunction,
+    tokenizer: BPETokenizer,
+    prepare: Prepare,
+    log: Log,
+) -> None:
+    """--dry-run: memory and time of the run, from one rollout, its plan and its first steps; the model is of no more use then."""
     train, device = settings.train, device_name(settings.train.device)
     model.to(device).train()
-    batches: list[Batch] = []
     cursor = source.state_dict()
-    precision = Precision("fp32" if train.precision == "auto" else train.precision, device, "")
-    answering = timed(lambda: batches.append(source.next_batch(0.0).to(device)), device)
+    answering = timed(lambda: source.next_batch(0.0), device)
     source.load_state_dict(cursor)
-
-    def update() -> None:
-        torch.stack([term.total for term in loss_fn(model, batches[0]) if not term.metric]).sum().backward()
-
-    with precision.autocast():
-        learning = min(timed(update, device) for _ in range(2)) * train.accumulation_steps
+    found = rehearse(settings, model, source, loss_fn, tokenizer=tokenizer, prepare=prepare, log=log)
+    print_peak(found, log)
     answers = train.batch_size * train.accumulation_steps
     rollouts = answers / (settings.rollout.prompts * settings.rollout.samples * source.passes)  # per step
+    in_second = math.ceil(2 * rollouts) - math.ceil(rollouts)  # which is the step that was timed
+    learning = max(found.seconds - in_second * answering, 0.0)
     steps = train.max_steps or max(1, round(train.epochs * source.rows_per_epoch() / answers))
-    log(f"  time       {answering:.1f} s to write and measure a rollout, {learning:.1f} s for a step ({precision.name})")
+    log(f"  time       {answering:.1f} s to write and measure a rollout, {learning:.1f} s for a step ({found.state.precision})")
     if train.max_minutes and not train.max_steps:
         steps = int(train.max_minutes * 60 / (learning + rollouts * answering))
     log(f"             about {format_minutes(steps * (learning + rollouts * answering))} for {steps:,} steps")
@@ -153,7 +164,7 @@ def make_judge(settings: PolicyConfig, tokenizer: BPETokenizer) -> Judge:
     weights = check_weights(settings.rewards)
     folder = settings.reward_model_dir
     if folder is None and not weights:
-        folder = DEFAULT_REWARD_MODEL
+        folder = settings.reward_model_dir = DEFAULT_REWARD_MODEL
         if not (Path(folder) / "config.json").is_file():
             raise UsageError(
                 f"nothing says which answers are good: there is no reward model in {folder} (python -m train.train_reward makes one; "
@@ -219,6 +230,8 @@ class Alarms:
         self.said: set[str] = set()
 
     def __call__(self, step: int, kind: str, details: dict[str, Any]) -> None:
+        if not parallel.is_first():
+            return
         append_event(self.out_dir, step, kind, **details)
         if kind in ALARMS and kind not in self.said:
             self.said.add(kind)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.files import atomic_write_bytes
 from model.transformer import SmartHaoAI
+from model.weight_files import load_weights, save_weights
+from train import parallel
 from train.log_probs import completion_log_probs
 from train.pairs import PackedPairs
 from train.runtime import Precision
@@ -32,8 +33,18 @@ def reference_log_probs(
     from the store's folder when the same model was asked for the same batches before.
     """
     file = source.store.folder / f"reference-{_key(model, source, precision, training)}.safetensors"
-    if file.is_file():
-        return safetensors.torch.load_file(file)["log_probs"]
+    with parallel.first_before_others():
+        if file.is_file():
+            try:
+                return load_weights(file)["log_probs"]
+            except ValueError as error:
+                log(f"warning: {error}; computing it again")
+        return _compute(file, model, source, precision, training, log)
+
+
+def _compute(
+    file: Path, model: SmartHaoAI, source: PackedPairs, precision: Precision, training: bool, log: Callable[[str], object]
+) -> Tensor:
     pairs = int((source.cuts >= 0).sum())
     log(f"computing reference log-probabilities of {pairs:,} {'answers' if source.judged else 'pairs'}, once, before the first step ...")
     values = torch.full((len(source.documents.split),), float("nan"))
@@ -46,7 +57,7 @@ def reference_log_probs(
             bar.update(len(documents) // 2)
         bar.close()
     model.take_expert_load()  # this was no training
-    atomic_write_bytes(file, safetensors.torch.save({"log_probs": values}))
+    save_weights({"log_probs": values}, file)
     log(f"reference log-probabilities of {int((~values.isnan()).sum()):,} answers: {file}")
     return values
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from inference import Completion, Engine, SamplingSettings
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
+from train import parallel
 from train.config import RolloutConfig
 from train.data import Batch, Row, collate
 from train.log_probs import LogProbs, completion_log_probs, pad_sequences
@@ -29,6 +30,7 @@ from train.packing import fit_rows
 from train.prompts import Prompt, fingerprint
 from train.rewards import Judge
 from train.runtime import Precision
+from train.sharding import whole
 
 REWARD = "reward"  # the sum that is learned from, among the parts of an answer's reward
 LOGGED = "log/"  # extra entries of a batch that only say how its rollout went
@@ -125,6 +127,7 @@ class RolloutSource:
         return float(len(self.prompts) * self.settings.samples * self.passes)
 
     def state_dict(self) -> dict[str, Any]:
+        self._moved()
         names = ("epoch", "offset", "round", "served", "first_step", "position", "diagnostics", "update_kl", "update_tokens", "fingerprint")
         return {**{name: getattr(self, name) for name in names}, "samples": [dict(vars(sample)) for sample in self.samples]}
 
@@ -135,8 +138,14 @@ class RolloutSource:
             raise ValueError("the prompts are not those that this run began with: put data.prompt_file back, or start a new out_dir")
         self.samples = [Sampled(**sample) for sample in state.pop("samples")]
         vars(self).update(state)
+        self._moved(counted=parallel.is_first())
         self.learning = False
         self.trouble.clear()
+
+    def renew(self) -> None:
+        """The policy has changed in another way than by learning: what it wrote is not learned from any more."""
+        self.position = self.passes * self._batches_per_pass()
+        self.update_kl = self.update_tokens = 0.0
 
     # ------------------------------------------------------------------ what the losses call
 
@@ -178,6 +187,10 @@ class RolloutSource:
         """Keep more of the forward pass that measured these answers; nothing here."""
 
     def _new_rollout(self) -> None:
+        with whole(self.policy):
+            self._fill_buffer()
+
+    def _fill_buffer(self) -> None:
         self.round += bool(self.samples)
         self.samples = []  # the old rollout is not kept beside the new one
         self.samples = self.collect()
@@ -186,6 +199,7 @@ class RolloutSource:
         with torch.no_grad(), self._autocast():
             for place in range(self._batches_per_pass()):
                 self._measure(self._layout(0, place))
+        self._share_measured()
         self.policy.take_expert_load()  # measuring is not learning
         self.diagnostics = self._diagnostics()
         self.finish_rollout()
@@ -232,14 +246,23 @@ class RolloutSource:
         )  # a cut distribution would not be the one whose log-probabilities are learned from
         asked = [self.prompts[number].ids for number in numbers]
         with self._autocast():
-            batches = Engine(self.policy, self.tokenizer).generate_many(asked, sampling, max(1, self.settings.batch_size // repeats))
-            groups = dict(pair for batch in batches for pair in batch)
+            at_once, own = max(1, self.settings.batch_size // repeats), (parallel.rank(), parallel.size())
+            batches = Engine(self.policy, self.tokenizer).generate_many(asked, sampling, at_once, own)
+            answers = [[place, [vars(reply) for reply in replies]] for batch in batches for place, replies in batch]
+        # Batches are dealt to the processes as they are: answers are the same, whatever the number of processes.
+        groups = {place: [Completion(**reply) for reply in replies] for part in parallel.gathered(answers) for place, replies in part}
         return [(number, reply) for place, number in enumerate(numbers) for reply in groups[place]]
 
     def _measure(self, layout: list[list[int]]) -> None:
         """Old and reference log-probabilities of these answers, by the forward pass that the update will make."""
-        samples = [self.samples[number] for row in layout for number in row]
-        inputs = self._pack(layout).to(str(self.policy.device)).inputs
+        batch = self._pack(layout)
+        batch.entries, batch.cuts = {"rows": [1] * len(layout)}, self.cuts(layout)
+        batch.extra["rows"] = torch.arange(len(layout))
+        own = parallel.share(batch, parallel.rank(), parallel.size())  # the rows of this process in the first update, in the same shape
+        if own is None:
+            return
+        samples = [self.samples[number] for row in own.extra["rows"].tolist() for number in layout[row]]
+        inputs = own.to(str(self.policy.device)).inputs
         result = completion_log_probs(self.policy, inputs, self.settings.temperature, entropy=True)
         self.store(samples, "old", result.values)
         assert result.entropy is not None
@@ -247,6 +270,13 @@ class RolloutSource:
         if self.reference is not None:
             self.store(samples, "reference", self.reference(inputs))
         self.measure(samples, result)
+
+    def _share_measured(self) -> None:
+        """Every process gets what the others have measured."""
+        if parallel.size() > 1:
+            for part in parallel.gathered([[number, sample.tokens] for number, sample in enumerate(self.samples) if sample.tokens]):
+                for number, tokens in part:
+                    self.samples[number].tokens = tokens
 
     @staticmethod
     def store(samples: Sequence[Sampled], name: str, values: Tensor) -> None:
@@ -287,22 +317,36 @@ class RolloutSource:
         samples = [self.samples[number] for row in layout for number in row]
         batch = self._pack(layout)
         batch.weights["sequences"] = float(len(samples))
+        lengths = [sum(self.samples[number].length for number in row) for row in layout]
         for name in samples[0].tokens:
             batch.extra[name] = torch.tensor([value for sample in samples for value in sample.tokens[name]])
+            batch.entries[name] = lengths
+        batch.cuts = self.cuts(layout)
         batch.extra["first"] = torch.tensor(self.served // self.accumulation_steps == self.first_step)
         batch.extra.update({LOGGED + name: torch.tensor(value) for name, value in self.diagnostics.items()})
         return batch
+
+    def cuts(self, layout: list[list[int]]) -> list[int]:
+        """As `Batch.cuts`: rows stand for themselves."""
+        return list(range(1, len(layout)))
 
     # ------------------------------------------------------------------ watching
 
     def _stop_early(self) -> None:
         """Leave the rest of a rollout when the last update has moved too far from the policy that wrote it."""
-        moved = self.update_kl / self.update_tokens if self.update_tokens else 0.0
+        kl, tokens = self._moved()
+        moved = kl / tokens if tokens else 0.0
         self.update_kl = self.update_tokens = 0.0
         end = self.passes * self._batches_per_pass()
         if self.stop_kl and moved > self.stop_kl and self.position < end:
             self.trouble.append(("kl_stop", {"update_kl": moved, "left_out": end - self.position}))
             self.position = end
+
+    def _moved(self, counted: bool = True) -> list[float]:
+        """`update_kl` and `update_tokens` over all processes, which rank 0 then holds for all. counted: whether this process's count."""
+        sums = parallel.summed([self.update_kl, self.update_tokens] if counted else [0.0, 0.0])
+        self.update_kl, self.update_tokens = sums if parallel.is_first() else (0.0, 0.0)
+        return sums
 
     def _diagnostics(self) -> dict[str, float]:
         """Means over the answers; `kl` is the sum over an answer of log p - log p_reference (k1), `entropy` the mean over tokens."""

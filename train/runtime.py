@@ -1,4 +1,4 @@
-"""The machine: device, precision, memory, threads, signals, and how a program starts and ends.
+"""The machine: device, precision, memory, threads, signals.
 
 Everything here works on Linux, macOS and Windows; what a system lacks is left out, never assumed.
 """
@@ -6,12 +6,10 @@ Everything here works on Linux, macOS and Windows; what a system lacks is left o
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,40 +19,26 @@ from typing import Any
 import torch
 
 from model.device import find_device, total_memory
+from train import parallel
 from train.config import OptimizationConfig, UsageError
+from train.memory import out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORTHWHILE = 1.15  # a lower precision must be at least this much faster to be chosen
 
 
-def setup_console() -> None:
-    """UTF-8 on every console, so that Chinese prints on Windows and in pipes."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a program and exit: 0 done, 1 failed run, 2 usage, 130 stopped by the user. Users' mistakes are one line, without a trace
-    (HAOAI_DEBUG=1 shows it)."""
-    setup_console()
+@contextlib.contextmanager
+def only_for_show(what: str) -> Iterator[None]:
+    """What is only for people to look at must not end a run: when it cannot be written, that is said once."""
     try:
-        status = main() or 0
-    except UsageError as error:
-        status = _report(error, 2)
-    except (ValueError, OSError) as error:
-        status = _report(error, 1)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        status = 130
-    raise SystemExit(status)
+        yield
+    except OSError as error:
+        if what not in _missed:
+            print(f"warning: the run goes on without {what}: {error}", file=sys.stderr)
+        _missed.add(what)
 
 
-def _report(error: Exception, status: int) -> int:
-    if os.environ.get("HAOAI_DEBUG"):
-        traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
-    return status
+_missed: set[str] = set()
 
 
 def device_name(wanted: str = "auto") -> str:
@@ -103,6 +87,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_states() -> list[torch.Tensor]:
+    """Of the CPU, and of the GPU in use where there is one."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def set_random_states(states: list[torch.Tensor]) -> None:
+    """Back to what `random_states` has noted."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
+
+
 @dataclass
 class Precision:
     """The number type of the matrix products; weights and optimiser stay fp32."""
@@ -138,6 +134,8 @@ def choose_precision(settings: OptimizationConfig, device: str, step: Callable[[
                 with precision.autocast():
                     times[precision.name].append(timed(step, device))
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         return Precision("fp32", device, f"bf16 does not run here ({str(error).splitlines()[0]})")
     ratio = min(times["fp32"][1:]) / min(times["bf16"][1:])
     chosen = half if ratio >= WORTHWHILE else full
@@ -175,6 +173,9 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if parallel.running():  # torchrun passes on what the terminal has sent already, and ends what does not end by itself
+            self.requested = True
+            return  # the first process to know tells the others
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

@@ -87,6 +87,11 @@ class OptimizationConfig:
     """AdamW: decay of the squared gradient."""
     clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
+    adaptive_clip: float = 0.0
+    """Besides clip: cut a gradient back whose norm is this many standard deviations above the recent ones (ZClip; Kumar et al., 2025).
+    2.5 is usual; 0: not."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block, and compute the block again for its gradient: much less memory, a third more work."""
     precision: str = "auto"
     """auto (measured once on this device), fp32, bf16 or fp16."""
     compile: str = "auto"
@@ -96,6 +101,9 @@ class OptimizationConfig:
     """auto (cuda, then mps, then cpu), or a torch device name."""
     threads: int = 0
     """CPU threads; 0: torch's choice."""
+    parallel: str = "auto"
+    """How the processes of torchrun share the work: ddp (each has the whole model), fsdp (weights, gradients and optimiser are divided), or
+    auto: ddp, unless that would fill a GPU. Without torchrun nothing."""
     seed: int = 0
     """Seed of initial weights, data order and dropout."""
     checkpoint_every: int = 200
@@ -114,8 +122,15 @@ class OptimizationConfig:
     """Held-out tokens per evaluation."""
     sample_every: int = 500
     """Steps between sample generations; 0: at the end only."""
+    patience: int = 0
+    """Early stop after this many evaluations in a row without a better held-out loss (PPO, GRPO: reward); the finished model is then the
+    best one measured. 0: run to the end, and keep the last."""
     max_skipped_steps: int = 5
-    """Stop after this many steps in a row whose loss or gradient is not finite."""
+    """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run goes back to its last good checkpoint."""
+    max_spike_steps: int = 0
+    """The same for steps in a row whose loss is a spike: far above those of the last 100 steps. 0: spikes are only reported."""
+    max_rollbacks: int = 3
+    """How often a run goes back to its last good checkpoint, each time at half the learning rate, before it gives up."""
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
@@ -123,6 +138,9 @@ class OptimizationConfig:
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("micro_batch", "max_steps", "epochs", "max_minutes", "warmup_steps", "clip", "weight_decay", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        for name in ("adaptive_clip", "patience", "max_skipped_steps", "max_spike_steps", "max_rollbacks"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        require(not self.patience or self.eval_every > 0, "train.eval_every", self.eval_every, "above 0 with train.patience")
         require(self.lr > 0, "train.lr", self.lr, "above 0")
         require(self.max_steps > 0 or self.max_minutes > 0 or self.epochs > 0, "train.epochs", self.epochs, "above 0")
         for name, known in (
@@ -130,6 +148,7 @@ class OptimizationConfig:
             ("schedule", ("cosine", "linear", "wsd", "constant")),
             ("precision", ("auto", "fp32", "bf16", "fp16")),
             ("compile", ("auto", "on", "off")),
+            ("parallel", ("auto", "ddp", "fsdp")),
         ):
             require(getattr(self, name) in known, f"train.{name}", getattr(self, name), " | ".join(known))
 

@@ -21,6 +21,8 @@ import torch
 from model.feedforward import MixtureOfExperts
 from model.transformer import SmartHaoAI
 from train.data import Batch
+from train.memory import out_of_memory
+from train.metrics import LossFunction
 from train.runtime import timed
 
 PASSES = (1024, 2048, 4096)
@@ -58,10 +60,25 @@ def usual_positions(micro_batch: int, length: int, device: str) -> int:
     return micro_batch * length or (USUAL_PASS if device == "cpu" else 0)
 
 
+def in_parts(batch: Batch, positions: int) -> list[Batch]:
+    """The batch in parts of at most `positions`, as far as it can be divided; 0: as it is."""
+    return batch.split(max(1, positions // batch.inputs["input_ids"].shape[1])) if positions else [batch]
+
+
+def trial(model: SmartHaoAI, loss_fn: LossFunction, batch: Batch) -> None:
+    """A forward and a backward pass that changes nothing."""
+    try:
+        terms = loss_fn(model, batch)
+        torch.stack([term.total for term in terms if not term.metric]).sum().backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
 def best_positions(batch: Batch, work: Callable[[Batch], Any], device: str, rounds: int = 3) -> int:
     """How many positions of `batch` to compute at once for the shortest time of all of it; `work` is a forward and a backward pass.
 
-    Interleaved: every candidate is timed once a round. Of candidates that are about as fast the smallest wins: it needs less memory.
+    Interleaved: every candidate is timed once a round. Of candidates that are about as fast the smallest wins: it needs less memory. One
+    for which memory does not suffice is as slow as can be.
     """
     rows, length = batch.inputs["input_ids"].shape
     known = [positions for positions in PASSES if positions // length < rows and positions >= length and batch.group]
@@ -69,7 +86,12 @@ def best_positions(batch: Batch, work: Callable[[Batch], Any], device: str, roun
     times = dict.fromkeys(candidates, float("inf"))
     for turn in range(rounds + 1 if len(candidates) > 1 else 0):
         for positions in candidates:
-            seconds = sum(timed(partial(work, part), device) for part in batch.split(positions // length))
+            try:
+                seconds = sum(timed(partial(work, part), device) for part in in_parts(batch, positions))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                seconds = float("inf")
             if turn:  # the first round warms up
                 times[positions] = min(seconds, times[positions])
     best = min(times.values())
@@ -118,7 +140,7 @@ def try_compiled(
         with compiled_passes(True):
             for batch in batches:
                 work(batch)
-    except Exception as error:  # noqa: BLE001  what a compiler may raise has no common class, and a run must not end by it
+    except Exception as error:  # what a compiler may raise has no common class, and a run must not end by it
         undo_compiling(model)
         return False, f"the blocks are not compiled: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
     warm_up = time.perf_counter() - start
@@ -138,5 +160,6 @@ def try_compiled(
 
 
 def undo_compiling(model: SmartHaoAI) -> None:
+    """Every block runs as it is written again."""
     for module in model.modules():
         module._compiled_call_impl = None

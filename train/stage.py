@@ -7,26 +7,33 @@ the whole of it for what learns from next tokens.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from model.checkpoint import find_model, load_config
+from model.checkpoint import find_model, load_config, save_pretrained
 from model.config import NEUTRAL_PARTS, HaoAIConfig, allowed_changes
-from model.files import atomic_write_text
+from model.files import WriteError, atomic_write_text, writing
 from model.lora import Adapter, inject_lora
+from model.reward import RewardModel
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
-from train.checkpoints import FOLDER
+from train import parallel, sharding
+from train.checkpoints import FOLDER, list_checkpoints, models_begun_from
 from train.config import StageConfig, TokenizerConfig, TokenizerStageConfig, UsageError, read_yaml, stage_name
 from train.data import BatchSource, evaluation_batches, make_source
-from train.loop import BUDGET_RESERVE, Evaluate, FitResult, Prepare, fit
+from train.loop import Evaluate, FitResult, fit
 from train.losses import lm_loss
-from train.metrics import LossFunction, held_out_loss, write_report
-from train.runtime import choose_precision, describe_machine, device_name, format_minutes, seed_everything, timed, total_memory
+from train.metrics import EVENTS_FILE, LossFunction, held_out_loss, read_jsonl, write_report
+from train.planning import Prepare
+from train.rehearsal import Rehearsal, rehearse
+from train.runtime import describe_machine, device_name, format_minutes, seed_everything, total_memory
 from train.speed import usual_positions
 from train.store import TokenStore, open_store
 from train.train_tokenizer import train_tokenizer
@@ -46,7 +53,8 @@ def begin(settings: StageConfig, log: Log = print) -> tuple[BPETokenizer, HaoAIC
         settings.model_dir = newest_model(settings)
         log(f"starting from {settings.model_dir}")
     open_out_dir(settings)
-    tokenizer = load_tokenizer(settings, log)
+    with parallel.first_before_others():
+        tokenizer = load_tokenizer(settings, log)
     return tokenizer, model_config(settings, tokenizer)
 
 
@@ -83,7 +91,8 @@ def open_out_dir(settings: StageConfig) -> None:
 def clear_out_dir(settings: StageConfig) -> None:
     """Delete what --overwrite replaces; only once everything that can be wrong with the settings and the data has been checked."""
     if settings.overwrite and not settings.resume and Path(settings.out_dir).is_dir():
-        shutil.rmtree(settings.out_dir)
+        with writing(settings.out_dir):
+            shutil.rmtree(settings.out_dir)
 
 
 def load_tokenizer(settings: StageConfig, log: Log = print) -> BPETokenizer:
@@ -196,11 +205,12 @@ def print_plan(
             f"{learning / account.parameters:.1%} of the model's, which is frozen"
         )
     at_once = -(-train.batch_size * each // data.max_length)  # rows of a pass
-    if (limit := usual_positions(train.micro_batch, data.max_length, device)) and getattr(source, "apart", False):
+    if (limit := usual_positions(train.micro_batch, data.max_length, device)) and getattr(source, "group", 0):
         at_once = min(at_once, max(1, limit // data.max_length))
-    need = account.training_bytes(at_once, data.max_length, adapter=learning) + 4 * frozen
+    again = train.activation_checkpointing
+    need = account.training_bytes(at_once, data.max_length, adapter=learning, activation_checkpointing=again) + 4 * frozen
     there = total_memory() if device == "cpu" else None
-    log(f"  memory     about {need / 2**20:,.0f} MiB for the step" + (f" of {there / 2**20:,.0f} MiB" if there else ""))
+    log(f"  memory     about {need / 2**20:,.0f} MiB for the step, by its shape" + (f" ({there / 2**20:,.0f} MiB here)" if there else ""))
     foreign = settings.model_dir is not None and not (find_model(settings.model_dir) / RUN_FILE).is_file()
     if foreign and train.optimizer == "muon" and adapter is None:
         log(
@@ -226,7 +236,7 @@ def run_lm_stage(settings: StageConfig, kind: str, spec: Any, sample: Sampler, l
     source = make_source(store, settings, tokenizer.pad_token_id, log=log)
     print_plan(settings, config, source, store.summary(), log)
     if settings.dry_run:
-        print_estimate(settings, config, source, lm_loss, log)
+        print_estimate(settings, make_model(settings, config), source, lm_loss, tokenizer, log)
         return 0
     model = make_model(settings, config)
     evaluate = next_token_evaluation(settings, store, tokenizer, log)
@@ -263,15 +273,41 @@ def run_stage(
 
     data: the files in words, for the report. prepare: as for `fit`. facts: what else the report tells, asked at the end.
     """
-    clear_out_dir(settings)
+    parallel.barrier()  # no other process looks into out_dir any more
     show = None if sample is None else lambda m: sample(m, tokenizer)
-    result = fit(settings, model, source, loss_fn, evaluate, tokenizer=tokenizer, sample=show, prepare=prepare, log=log)
+    with telling_how_to_go_on(settings):
+        with parallel.first_before_others():
+            if parallel.is_first():
+                clear_out_dir(settings)
+        result = fit(
+            settings,
+            model,
+            source,
+            loss_fn,
+            evaluate,
+            tokenizer=tokenizer,
+            sample=show,
+            prepare=prepare,
+            begun_from=models_begun_from(settings) if parallel.is_first() else {},
+            log=log,
+        )
     if result.interrupted:
         log(f"stopped at step {result.step} of {result.total_steps}; go on with --resume")
         return INTERRUPTED
     model.eval()
-    samples = [] if sample is None else sample(model, tokenizer)
-    finish(settings, model, tokenizer, result, samples, data, {} if facts is None else facts())
+    state = sharding.whole_state(model)
+    with sharding.whole(model):
+        if parallel.is_first():
+            with parallel.alone():
+                samples = [] if sample is None else sample(model, tokenizer)
+                with telling_how_to_go_on(settings):
+                    finish(settings, model, tokenizer, result, samples, data, {} if facts is None else facts(), state)
+                _say_result(settings, result, samples, log)
+        parallel.barrier()
+    return 0
+
+
+def _say_result(settings: StageConfig, result: FitResult, samples: list[tuple[str, str]], log: Log) -> None:
     texts = {
         "val_loss": "held-out loss {:.3f}",
         "val_bpb": "{:.3f} bits per byte",
@@ -284,7 +320,17 @@ def run_stage(
     log(f"{settings.out_dir}: " + ", ".join([done, *known]))
     for prompt, answer in samples:
         log(f"  {prompt!r} -> {answer.strip()!r}")
-    return 0
+
+
+@contextmanager
+def telling_how_to_go_on(settings: StageConfig) -> Iterator[None]:
+    """A WriteError inside also says from where the run can be resumed."""
+    try:
+        yield
+    except WriteError as error:
+        saved = list_checkpoints(Path(settings.out_dir))
+        place = f"it goes on from {saved[-1]}" if saved else "it begins anew, nothing was saved yet"
+        raise OSError(f"{error} (a stage with --resume): {place}") from error
 
 
 def held_out_store(settings: StageConfig, store: TokenStore, tokenizer: BPETokenizer, log: Log = print) -> tuple[TokenStore, str] | None:
@@ -297,34 +343,29 @@ def held_out_store(settings: StageConfig, store: TokenStore, tokenizer: BPEToken
 
 def print_estimate(
     settings: StageConfig,
-    config: HaoAIConfig,
+    model: SmartHaoAI,
     source: BatchSource,
     loss_fn: LossFunction,
+    tokenizer: BPETokenizer,
     log: Log = print,
-    make: type[SmartHaoAI] = SmartHaoAI,
+    *,
+    prepare: Prepare | None = None,
 ) -> None:
-    """--dry-run: the time of the run, from a few real steps of a model that is then thrown away."""
-    train = settings.train
-    device = device_name(train.device)
-    model = make_model(settings, config, make).to(device).train()
-    batch = source.next_batch(1.0).to(device)
+    """--dry-run: memory and time of the run, from its plan and its first steps; the model is of no more use then."""
+    found = rehearse(settings, model, source, loss_fn, tokenizer=tokenizer, prepare=prepare, log=log)
+    print_peak(found, log)
+    steps, rate = found.state.total_steps, f"{found.tokens / found.seconds:,.0f} tokens/s in {found.state.precision}"
+    rate += f" ({found.state.precision_reason})"
+    if settings.train.max_minutes and not settings.train.max_steps:
+        log(f"  time       {settings.train.max_minutes:g} minutes, about {steps:,} steps at {rate}")
+    else:
+        log(f"  time       about {format_minutes(steps * found.seconds)} at {rate}")
 
-    def step() -> None:
-        terms = loss_fn(model, batch)
-        torch.stack([term.total for term in terms if not term.metric]).sum().backward()
-        model.zero_grad(set_to_none=True)
 
-    precision = choose_precision(train, device, step)
-    with precision.autocast():
-        step()
-        seconds = timed(step, device) * train.accumulation_steps
-    rate = f"{batch.real / (seconds / train.accumulation_steps):,.0f} tokens/s in {precision.name} ({precision.reason})"
-    if train.max_minutes and not train.max_steps:
-        steps = int(train.max_minutes * 60 * BUDGET_RESERVE / seconds)
-        log(f"  time       {train.max_minutes:g} minutes, about {steps:,} steps at {rate}")
-        return
-    steps = train.max_steps or max(1, round(train.epochs * source.rows_per_epoch() / (train.batch_size * train.accumulation_steps)))
-    log(f"  time       about {format_minutes(steps * seconds)} at {rate}")
+def print_peak(found: Rehearsal, log: Log) -> None:
+    """The memory that a dry run has measured."""
+    if found.peak_memory_mb is not None:
+        log(f"  peak       {found.peak_memory_mb:,.0f} MiB of memory, measured: two steps, an evaluation and a plot")
 
 
 def finish(
@@ -335,8 +376,10 @@ def finish(
     samples: list[tuple[str, str]],
     data: str,
     more: dict[str, Any],
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the finished checkpoint with its report and model card; the report last: by it a finished run is known."""
+    """Write the finished checkpoint with its report and model card; the report last: by it a finished run is known. state: as for
+    `save_pretrained`."""
     out = Path(settings.out_dir)
     facts = {
         "started from": settings.model_dir or "random weights",
@@ -345,6 +388,7 @@ def finish(
         "data": data,
         "tokens seen": f"{result.tokens:,} in {result.step:,} steps",
         "precision": result.precision,
+        "processes": f"{result.processes}" if result.processes > 1 else None,
         "machine": describe_machine(device_name(settings.train.device)),
         "loss at the end": _rounded(result.last.get("loss")),
         "held-out loss": _rounded(result.last.get("val_loss")),
@@ -353,11 +397,19 @@ def finish(
         "tokens per second": _rounded(result.last.get("tokens_per_second"), 0),
         "real tokens in the rows": _rounded(result.last.get("real_token_share"), 4),
         "peak memory, MiB": _rounded(result.last.get("peak_memory_mb"), 0),
+        "what happened on the way (events.jsonl)": told_events(out),
         **more,
     }
-    model.save_pretrained(out, tokenizer)
-    atomic_write_text(out / "README.md", _model_card(settings, facts, type(model).__name__))
+    save_pretrained(model, out, tokenizer, state=state)
+    loader = "RewardModel" if isinstance(model, RewardModel) else "SmartHaoAI"
+    atomic_write_text(out / "README.md", _model_card(settings, facts, loader))
     write_report(out, f"{stage_name(type(settings))} run", facts, samples, result.seconds)
+
+
+def told_events(out_dir: Path) -> str | None:
+    """How often what happened in the run, samples left out; None when nothing did."""
+    counts = Counter(row["event"] for row in read_jsonl(out_dir / EVENTS_FILE) if row["event"] != "sample")
+    return ", ".join(f"{count} x {kind}" for kind, count in counts.items()) or None
 
 
 def _model_card(settings: StageConfig, facts: dict[str, Any], loader: str) -> str:

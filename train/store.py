@@ -22,8 +22,9 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from model.files import atomic_directory, recover_directory
+from model.files import atomic_directory, atomic_write_text, recover_directory, writing
 from model.tokenizer import BPETokenizer
+from train import parallel
 from train.config import DataConfig
 from train.data_files import DataFile, expand_paths, is_token_file, read_token_ids
 from train.documents import Document, Encoded, as_judged, encode_judged, encode_pairs, held_out
@@ -32,6 +33,7 @@ from train.formats import BadRows, Conversation, Judged, Preference, as_conversa
 VERSION = 3
 PIECE_CHARACTERS = 1_000_000
 SPLITS = ("train", "val")
+AGAIN = "delete its folder, and it is built again"
 PAIRED = {"mask": "uint8", "lines": "int64", "values": "float32"}
 PARTS: dict[str, dict[str, str]] = {"pretrain": {}, "sft": {"mask": "uint8"}, "preference": PAIRED, "judged": PAIRED}
 UNITS = {"preference": ("pairs", 2), "judged": ("answers", 2)}  # what people count, and how many documents one of it is
@@ -53,9 +55,15 @@ class Split:
 
     def __init__(self, folder: Path, name: str, dtype: str, kind: str) -> None:
         self.offsets = np.fromfile(folder / f"{name}.offsets.bin", dtype=np.int64)
+        if not len(self.offsets):
+            raise ValueError(f"{folder / name}.offsets.bin is damaged: it is empty; {AGAIN}")
         self._tokens = _memory_map(folder / f"{name}.tokens.bin", dtype)
         parts = {part: _memory_map(folder / f"{name}.{part}.bin", of) for part, of in PARTS[kind].items()}
         self._mask, self.lines, self.values = (parts.get(part) for part in ("mask", "lines", "values"))
+        expected = {"tokens": self.token_count, "mask": self.token_count, "lines": len(self), "values": len(self)}
+        for part, found in {"tokens": self._tokens, **parts}.items():
+            if len(found) != expected[part]:
+                raise ValueError(f"{folder / name}.{part}.bin is damaged: {len(found):,} entries instead of {expected[part]:,}; {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -83,7 +91,10 @@ class TokenStore:
     """An opened store: `.train`, `.val` (Split), `.sources`, `.bad` (number of skipped rows)."""
 
     def __init__(self, folder: Path, weights: dict[str, float] | None = None) -> None:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'meta.json'} is damaged: {error}; {AGAIN}") from error
         self.folder, self.kind, self.bad = folder, meta["kind"], int(meta["bad"])
         self.train, self.val = (Split(folder, name, meta["dtype"], meta["kind"]) for name in SPLITS)
         self.sources = [Source(s["path"], (weights or {}).get(s["path"], 1.0), {n: tuple(s[n]) for n in SPLITS}) for s in meta["sources"]]
@@ -115,9 +126,10 @@ def open_store(
     files = expand_paths(spec)
     share = data.val_share if val_share is None else val_share
     folder = Path(data.store_dir) / f"{kind}-{_key(files, tokenizer, kind, share)}"
-    recover_directory(folder)
-    if not (folder / "meta.json").is_file():
-        _build(folder, files, tokenizer, kind, share, data.strict, log)
+    with parallel.first_before_others():
+        recover_directory(folder)
+        if not (folder / "meta.json").is_file():
+            _build(folder, files, tokenizer, kind, share, data.strict, log)
     store = TokenStore(folder, {str(f.path): f.weight for f in files})
     if store.bad and data.strict:
         raise ValueError(f"{store.bad} rows of {spec} are unusable and data.strict is set; `python -m tools.check_data` lists them")
@@ -169,7 +181,7 @@ def _build(
             example = f" (the first bad row: {bad.first[0].path}:{bad.first[0].line}: {bad.first[0].reason})" if bad.first else ""
             raise ValueError(f"no usable {WANTED[kind]} row in {names}{example}; `python -m tools.check_data` shows what each file holds")
         meta = {"kind": kind, "dtype": dtype, "bad": bad.total, "sources": sources}
-        (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+        atomic_write_text(temporary / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
     unit, size = UNITS.get(kind, ("documents", 1))
     log(
         f"tokenised {(counts['train'][0] + counts['val'][0]) // size:,} {unit}, {counts['train'][1] + counts['val'][1]:,} tokens "
@@ -302,24 +314,29 @@ class _Writer:
     def __init__(self, folder: Path, name: str, dtype: str, parts: dict[str, str]) -> None:
         self.dtypes = {"tokens": dtype, "offsets": "int64", **parts}
         self.count = self.tokens = 0
-        self._files: dict[str, IO[bytes]] = {part: open(folder / f"{name}.{part}.bin", "wb") for part in self.dtypes}
-        self._write("offsets", 0)
+        self.folder = folder
+        with writing(folder):
+            self._files: dict[str, IO[bytes]] = {part: open(folder / f"{name}.{part}.bin", "wb") for part in self.dtypes}
+            self._write("offsets", 0)
 
     def add(self, document: Document) -> None:
         self.count += 1
         self.tokens += len(document.ids)
         values = {"tokens": document.ids, "offsets": self.tokens, "mask": document.mask, "lines": document.line, "values": document.value}
-        for part in self._files:
-            self._write(part, values[part])
+        with writing(self.folder):
+            for part in self._files:
+                self._write(part, values[part])
 
     def _write(self, part: str, values: Any) -> None:
         self._files[part].write(np.asarray(values, dtype=self.dtypes[part]).tobytes())
 
     def close(self) -> tuple[int, int]:
-        for file in self._files.values():
-            file.close()
+        with writing(self.folder):
+            for file in self._files.values():
+                file.close()
         return self.count, self.tokens
 
 
 def _memory_map(path: Path, dtype: str) -> np.ndarray:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
+    count = path.stat().st_size // np.dtype(dtype).itemsize
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype=dtype)

@@ -15,7 +15,7 @@ from train.data import BatchSource, make_source
 from train.distillation import CachedTeacher, Teacher, WeightedStructure, cache_folder, distillation_loss, shared_vocabulary, structure_ids
 from train.loop import LossFunction
 from train.losses import lm_loss
-from train.runtime import run_main
+from train.program import run_main
 from train.stage import (
     NEWEST,
     Log,
@@ -50,7 +50,7 @@ def distill(settings: DistillStageConfig, log: Log = print) -> int:
     frozen = 0 if beside is None else load_config(find_model(beside)).account().parameters
     print_plan(settings, config, source, store.summary(), log, frozen=frozen)
     if settings.dry_run:
-        print_estimate(settings, config, source, loss_fn, log)
+        print_estimate(settings, make_model(settings, config), source, loss_fn, tokenizer, log)
         return 0
     model = make_model(settings, config)
     evaluate = next_token_evaluation(settings, store, tokenizer, log)
@@ -98,4 +98,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

@@ -21,8 +21,9 @@ from train.log_probs import completion_log_probs
 from train.losses import Term
 from train.metrics import METRICS_FILE, held_out_terms, read_jsonl
 from train.pairs import pair_metrics, pair_source, share_right
+from train.program import run_main
 from train.reference import reference_log_probs
-from train.runtime import Precision, device_name, run_main
+from train.runtime import Precision, device_name
 from train.stage import begin, held_out_store, make_model, print_estimate, print_plan, run_stage
 from train.statistics import wilson
 from train.store import open_store
@@ -46,7 +47,7 @@ def dpo(settings: DPOStageConfig, log: Callable[[str], object] = print) -> int:
         return lambda model, batch: preference_terms(model, batch, settings.dpo, references.get(part))
 
     if settings.dry_run:
-        print_estimate(settings, config, source, loss_of("train"), log)
+        print_estimate(settings, make_model(settings, config), source, loss_of("train"), tokenizer, log)
         return 0
     model = make_model(settings, config)
     held_out = held_out_store(settings, store, tokenizer, log)
@@ -156,4 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

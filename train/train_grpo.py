@@ -17,8 +17,8 @@ from train.log_probs import completion_log_probs
 from train.loop import LossFunction
 from train.losses import Term, group_advantages, grpo_loss, grpo_weights, kl_estimate
 from train.policy_stage import run_policy_stage
+from train.program import run_main
 from train.rollout import REWARD, RolloutSource, Sampled
-from train.runtime import run_main
 from train.stage import Log
 from train.train_ppo import update_metrics
 
@@ -63,6 +63,9 @@ class GRPORollouts(RolloutSource):
         self.asked = {shown: sum(sample.parts[name] for sample in judged) / len(judged) for shown, name in names.items()}
         self.asked.update(equal_groups=len(equal) / len(judged), groups=len(judged) / size)
         return kept or equal[: wanted * size]
+
+    def cuts(self, layout: list[list[int]]) -> list[int]:
+        return [] if self.grpo.loss == "bnpo" else super().cuts(layout)  # a mean over the tokens of all rows
 
     def finish_rollout(self) -> None:
         rewards = torch.tensor([sample.parts[REWARD] for sample in self.samples])
@@ -112,4 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

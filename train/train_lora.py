@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from train.config import LoRAStageConfig, parse_command_line
-from train.runtime import run_main
+from train.program import run_main
 from train.stage import run_lm_stage
 from train.train_sft import sample_answers
 
@@ -24,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

@@ -20,8 +20,8 @@ from train.log_probs import LogProbs, completion_log_probs
 from train.loop import LossFunction
 from train.losses import Term, gae, kl_estimate, ppo_policy_loss, ppo_value_loss, whiten
 from train.policy_stage import logged_metrics, run_policy_stage
+from train.program import run_main
 from train.rollout import REWARD, RolloutSource, Sampled
-from train.runtime import run_main
 from train.stage import Log
 
 LARGEST_CORRECTION = 0.2  # of the adaptive controller, per its horizon (Ziegler et al., 2019)
@@ -84,8 +84,8 @@ def ppo_loss(source: RolloutSource, ppo: PPOConfig, temperature: float) -> LossF
     def loss(model: nn.Module, batch: Batch) -> list[Term]:
         extra = batch.extra
         result = completion_log_probs(model, batch.inputs, temperature, entropy=True)
-        bare: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        values = bare.value_head(result.states)
+        policy_model: Any = model
+        values = policy_model.value_head(result.states)
         ratio = source.note_update(result.values, extra["old"], bool(extra["first"]))
         policy = ppo_policy_loss(result.values, extra["old"], extra["advantages"], ppo.clip)
         value = ppo_value_loss(values, extra["values"], extra["returns"], ppo.value_clip or math.inf)
@@ -126,4 +126,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

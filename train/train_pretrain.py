@@ -7,7 +7,7 @@ from collections.abc import Callable
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from train.config import PretrainConfig, parse_command_line
-from train.runtime import run_main
+from train.program import run_main
 from train.stage import run_lm_stage
 
 SAMPLE_BEGINNINGS = ("从前，", "Once upon a time, ", "今天")
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

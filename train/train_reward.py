@@ -18,8 +18,9 @@ from train.data import Batch
 from train.losses import Term, reward_loss
 from train.metrics import held_out_terms
 from train.pairs import pair_metrics, pair_source
+from train.program import run_main
 from train.reward_report import plot_reward, reward_facts, score_pairs
-from train.runtime import device_name, run_main
+from train.runtime import device_name, only_for_show
 from train.stage import Log, begin, held_out_store, make_model, print_estimate, print_plan, run_stage
 from train.store import open_store
 
@@ -33,7 +34,7 @@ def reward(settings: RewardStageConfig, log: Log = print) -> int:
     loss = partial(reward_terms, settings=settings.reward)
     print_plan(settings, config, source, store.summary(), log)
     if settings.dry_run:
-        print_estimate(settings, config, source, loss, log, RewardModel)
+        print_estimate(settings, make_model(settings, config, RewardModel), source, loss, tokenizer, log)
         return 0
     model = make_model(settings, config, RewardModel)
     held_out = held_out_store(settings, store, tokenizer, log)
@@ -45,7 +46,8 @@ def reward(settings: RewardStageConfig, log: Log = print) -> int:
 
     def facts() -> dict[str, Any]:
         pairs = score_pairs(model, held_out_source.one_pass(), device)
-        plot_reward(pairs, Path(settings.out_dir) / "reward.png", settings.out_dir)
+        with only_for_show("reward.png"):
+            plot_reward(pairs, Path(settings.out_dir) / "reward.png", settings.out_dir)
         found = reward_facts(pairs)
         for name, value in found.items():
             log(f"  {name}: {value}")
@@ -66,12 +68,11 @@ def reward(settings: RewardStageConfig, log: Log = print) -> int:
 
 def reward_terms(model: torch.nn.Module, batch: Batch, settings: RewardModelConfig) -> list[Term]:
     """The pairwise loss of a batch of `train.pairs`, summed over its pairs, and what is logged beside it."""
-    bare = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-    assert isinstance(bare, RewardModel)
+    assert isinstance(model, RewardModel)
     scores = model(batch.inputs["input_ids"], segment_ids=batch.inputs["segment_ids"])
     losses = reward_loss(scores[::2], scores[1::2], settings.margin_coef * batch.extra["margins"], settings.centre_coef)
     terms = [Term("loss", losses.sum(), "pairs"), *pair_metrics(scores)]
-    aux_loss = bare.take_aux_loss()
+    aux_loss = model.take_aux_loss()
     if aux_loss is not None:
         terms.append(Term("aux_loss", aux_loss, "micro_batches"))
     return terms
@@ -82,4 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

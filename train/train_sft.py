@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from train.config import SFTConfig, parse_command_line
-from train.runtime import run_main
+from train.program import run_main
 from train.stage import run_lm_stage
 
 if TYPE_CHECKING:
@@ -44,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

@@ -16,12 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model.files import atomic_write_text
+from model.files import atomic_write_text, remove_leftovers
 from model.tokenizer import BPETokenizer
 from train.config import TokenizerStageConfig, UsageError, parse_command_line, to_dict
 from train.data_files import DataFile, expand_paths, is_token_file
 from train.formats import BadRows, as_text, read_samples
-from train.runtime import peak_memory_mb, run_main
+from train.program import run_main
+from train.runtime import peak_memory_mb
 from train.store import file_digest
 
 VERSION = 1
@@ -40,6 +41,8 @@ def train_tokenizer(settings: TokenizerStageConfig, log: Callable[[str], object]
     out = Path(settings.out_dir)
     key = _key(files, settings)
     record = out / RECORD_FILE
+    if out.is_dir():
+        remove_leftovers(out)
     if (out / "tokenizer.json").is_file() and not settings.overwrite:
         if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["key"] == key:
             log(f"tokenizer {out}: unchanged corpus and settings, reused")
@@ -49,6 +52,7 @@ def train_tokenizer(settings: TokenizerStageConfig, log: Callable[[str], object]
     start = time.perf_counter()
     texts, sizes = sample_texts(files, settings.tokenizer.sample_mb, settings.data.strict, log)
     tokenizer = BPETokenizer.train(texts, settings.tokenizer.vocab_size, progress=sys.stderr.isatty())
+    atomic_write_text(record, json.dumps({"key": None}) + "\n")  # until all files are there: trained here, from no corpus
     tokenizer.save_pretrained(out)
     facts = {"key": key, "vocab_size": tokenizer.vocab_size, "sample_bytes": sizes, "settings": to_dict(settings.tokenizer)}
     atomic_write_text(record, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")

@@ -33,7 +33,7 @@ from train.formats import read_token_ids
 ROOM = 512 * 2**20  # bytes that a reader may take beyond what the process has
 LONGEST = 20.0  # seconds for one file of a few kilobytes
 REFUSED = (ValueError, FileNotFoundError)
-"""What `train.runtime.run_main` shows as one line."""
+"""What `train.program.run_main` shows as one line."""
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from inference.feedback import Feedback, append_row
 from inference.toolbox import default_tools
 from train import train_dpo, train_sft
 from train.formats import Conversation, Judged, Preference, recognise
-from train.runtime import run_main
+from train.program import run_main
 
 PROMPT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "你好"}]
 

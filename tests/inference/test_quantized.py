@@ -6,8 +6,9 @@ from generate_helpers import greedy_by_full_forward
 from torch.nn import functional as F
 
 from inference import Engine, SamplingSettings
+from inference.choices import QUANTIZE, WEIGHT_KINDS
 from inference.loading import Adapters, load_stage
-from inference.quantized import CHOICES, GROUP, KINDS, int4_codes, is_prepared, prepared, quantize, weight_bytes
+from inference.quantized import GROUP, int4_codes, is_prepared, prepared, quantize, weight_bytes
 from inference.session import ChatSession
 from model.adapter_files import save_adapter
 from model.attention import attend, attention_mask
@@ -24,7 +25,7 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
 def test_a_prepared_product_is_the_product(kind, rows):
     """Guards: scales of the wrong axis, a bias that is lost, a kernel that is wrong for one token or for many."""
     weight, bias, x = torch.randn(64, 96), torch.randn(64), torch.randn(2, rows, 96)
@@ -140,7 +141,7 @@ def test_refusals(make_model):
         Adapters(model).use("anywhere")
 
 
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("kind", QUANTIZE)
 def test_a_session_with_quantized_weights(tmp_path, tokenizer, make_model, kind):
     """Guards: the setting not reaching the model."""
     make_model(tokenizer).save_pretrained(tmp_path, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,15 @@ from typing import Any
 import pytest
 
 import model.files as files
-from model.files import atomic_directory, atomic_write_bytes, atomic_write_text, recover_directory, remove_leftovers
+from model.files import (
+    WriteError,
+    append_line,
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_text,
+    recover_directory,
+    remove_leftovers,
+)
 
 
 def contents(path: Path) -> dict[str, str]:
@@ -83,7 +92,7 @@ def test_an_error_while_filling_changes_nothing(error: type[BaseException], tmp_
         assert {entry.name for entry in tmp_path.iterdir()} == ({"model"} if before else set())
 
 
-@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("call", range(8))
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interruption_at_any_step_keeps_a_version(when: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a moment in which neither the old nor the new folder can be had. Interrupts the n-th file operation."""
@@ -116,8 +125,8 @@ def test_an_interruption_at_any_step_keeps_a_version(when: str, call: int, tmp_p
         except KeyboardInterrupt:
             pass
     recover_directory(target)
-    # Flush two files, move the old aside, move the new in (3), flush the folder, delete the old.
-    moved_in = call > 3 or (call == 3 and when == "after")
+    # Flush two files and their two folders, move the old aside, move the new in (5), flush the folder, delete the old.
+    moved_in = call > 5 or (call == 5 and when == "after")
     assert contents(target) == versions("new" if moved_in else "old")
     with atomic_directory(target) as folder:
         fill(folder, "later")
@@ -209,3 +218,41 @@ def test_the_working_directory_has_a_name(name: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path / "model" / "inner" if name == ".." else tmp_path / "model")
     recover_directory(name)
     assert files._aside(Path(name)) == tmp_path / ".model.replaced"
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards half a row in a log, to which the next row is then glued."""
+    file = tmp_path / "log.jsonl"
+    append_line(file, '{"step": 1}')
+
+    class Full:
+        def __init__(self, path: Path, mode: str) -> None:
+            self.file = open(path, mode)
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> None:
+            self.file.write(data[:5])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", Full, raising=False)
+        with pytest.raises(WriteError, match=r"log.jsonl could not be written: No space left.*free there.*make room there, then run"):
+            append_line(file, '{"step": 2}')
+    append_line(file, '{"step": 3}')
+    assert file.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+
+
+def test_only_our_own_leftovers_are_deleted(tmp_path: Path) -> None:
+    """Guards files of other programs that end in .tmp, and the replaced version of a folder that nobody brings back."""
+    for name in ("mine.tmp", "a.tmp.txt", "model.safetensors.123.tmp", ".tmpAb3dE9"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    (tmp_path / ".step_000006.replaced").mkdir()
+    (tmp_path / "step_000003.77.tmp").mkdir()
+    remove_leftovers(tmp_path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"mine.tmp", "a.tmp.txt", "step_000006"}

@@ -79,7 +79,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 return 1
 
     monkeypatch.setattr(program._Progress, "_wait_for", wait_for)
-    for slow in ("train.loop.plot_loss", "tools.ablation.report.draw_curves", "tools.ablation.report.draw_differences"):
+    for slow in ("train.record.plot_loss", "tools.ablation.report.draw_curves", "tools.ablation.report.draw_differences"):
         monkeypatch.setattr(slow, lambda *args: False)
     monkeypatch.setattr("train.train_pretrain.sample_continuations", lambda *args: [])
     return started

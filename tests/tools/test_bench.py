@@ -267,11 +267,25 @@ def test_gpu_rows_run_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_start_names_what_is_slow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: a table of start-up times that cannot say what takes the time."""
-    words = ["start", "--shape", TINY, "--rounds", "1", "--only", "python", "import model"]
+    words = ["start", "--shape", TINY, "--rounds", "1", "--only", "python", "import SmartHaoAI"]
     status, data = run(tmp_path, *words)
-    assert status == 0 and [row["name"] for row in data["rows"]] == ["python", "import model"]
+    assert status == 0 and [row["name"] for row in data["rows"]] == ["python", "import SmartHaoAI"]
     assert data["rows"][0]["seconds"]["median"] < data["rows"][1]["seconds"]["median"]
-    assert any(name == "torch" for name, _, _ in data["imports"]["import model"]) and "torch" in capsys.readouterr().out
+    assert any(name == "torch" for name, _, _ in data["imports"]["import SmartHaoAI"]) and "torch" in capsys.readouterr().out
+
+
+def test_a_profile_accounts_for_the_whole_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: operations that are counted twice or not at all; attention and loss lost among the products they consist of."""
+    words = ["profile", "--shape", TINY, "--steps", "2", "--batches", "2", "--precision", "bf16", "--own", EAGER, "train.precision=fp32"]
+    status, data = run(tmp_path, *words)
+    assert status == 0 and list(data["rows"]) == ["training", "decoding, batch 2, bf16"]
+    training, decoding = (row["milliseconds"] for row in data["rows"].values())
+    assert {"attention", "loss", "optimiser", "matrix products"} <= set(training)
+    assert {"attention", "matrix products"} <= set(decoding)
+    for row in data["rows"].values():
+        # Recorded work cannot take longer than the clock says: then something would be counted twice.
+        assert row["milliseconds"]["between operations (Python)"] > 0
+    assert "between operations" in capsys.readouterr().out
 
 
 def test_all_commands_are_there() -> None:

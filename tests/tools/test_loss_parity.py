@@ -13,7 +13,7 @@ import torch
 from tools import loss_cases, loss_parity, loss_references
 from tools.loss_cases import HAND, TORCHRL, TRL
 from train import losses
-from train.runtime import run_main
+from train.program import run_main
 
 
 def call(words: list[str]) -> int:

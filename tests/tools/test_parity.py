@@ -12,7 +12,7 @@ from torch import nn
 
 from model import HaoAIConfig, SmartHaoAI
 from tools import parity
-from train.runtime import run_main
+from train.program import run_main
 
 ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"}
 

@@ -12,10 +12,10 @@ import torch
 from training_helpers import FAST, call_main, chat_rows, pair_rows, write_jsonl
 
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
-from train import loop, train_dpo, train_sft
+from train import loop, record, train_dpo, train_sft
 from train.config import DPO_BETAS, DataConfig, DPOConfig
 from train.data import Batch
-from train.metrics import held_out_terms, read_jsonl
+from train.metrics import OF_THE_MACHINE, held_out_terms, read_jsonl
 from train.pairs import PackedPairs
 from train.plotting import plot_loss
 from train.reference import reference_log_probs, without_dropout
@@ -172,14 +172,17 @@ def test_held_out_terms_are_means_over_all_batches(tmp_path: Path, tiny_tokenize
 def test_the_plot_shows_accuracy_and_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards loss.png: a second panel for pairs, none for what has no accuracy, and gaps between evaluations."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    figures: list[Any] = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    labels: list[dict[str, int]] = []
+
+    def note(figure: Any) -> None:
+        labels.append({line.get_label(): len(line.get_xdata()) for axis in figure.axes for line in axis.get_lines()})
+
+    monkeypatch.setattr(pyplot, "close", note)
     rows = [{"step": n, "tokens": 1e5 * n, "loss": 0.7 - n / 50, "lr": 1e-5 * n} for n in range(1, 6)]
     judged = [{**row, "accuracy": 0.5 + row["step"] / 20, "margin": row["step"] / 9, "val_accuracy": None} for row in rows]
     judged[-1].update(val_accuracy=0.6, val_margin=0.1, val_loss=0.65)
     assert plot_loss(rows, tmp_path / "a.png", "a") and plot_loss(judged, tmp_path / "b.png", "b")
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
-    labels = [{line.get_label(): len(line.get_xdata()) for axis in figure.axes for line in axis.get_lines()} for figure in figures]
     assert "accuracy in training" not in labels[0] and labels[0]["training loss"] == 5
     assert labels[1]["accuracy in training"] == labels[1]["reward margin in training"] == 5
     assert labels[1]["held-out accuracy"] == labels[1]["held-out reward margin"] == labels[1]["held-out loss"] == 1
@@ -199,7 +202,7 @@ def command(
     """command(words...) in a working directory with weight/sft and training_data/rlhf: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HAOAI_DEBUG", raising=False)
-    monkeypatch.setattr(loop, "plot_loss", lambda *arguments: True)  # a second each
+    monkeypatch.setattr(record, "plot_loss", lambda *arguments: True)  # a second each
     monkeypatch.setattr(train_sft, "SAMPLE_QUESTIONS", train_sft.SAMPLE_QUESTIONS[:1])
     tiny_model.save_pretrained(tmp_path / "weight" / "sft", tiny_tokenizer)
     write_jsonl(tmp_path / "training_data" / "rlhf" / "p.jsonl", pair_rows(40))
@@ -272,9 +275,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert command(*words, "out_dir=parts", "--resume")[0] == 0
     straight, parts = (SmartHaoAI.from_pretrained(tmp_path / folder).state_dict() for folder in ("straight", "parts"))
     assert all(torch.equal(tensor, parts[key]) for key, tensor in straight.items())
-    times = {"tokens_per_second", "peak_memory_mb", "seconds"}
     rows = [
-        [{k: v for k, v in row.items() if k not in times} for row in read_jsonl(tmp_path / folder / "metrics.jsonl")]
+        [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in read_jsonl(tmp_path / folder / "metrics.jsonl")]
         for folder in ("straight", "parts")
     ]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [0, 2, 4, 6]

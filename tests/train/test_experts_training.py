@@ -16,10 +16,9 @@ from train.config import DataConfig, OptimizationConfig, PretrainConfig
 from train.data import Batch, make_source
 from train.loop import FitResult, fit
 from train.losses import Term, lm_loss
-from train.metrics import read_jsonl
+from train.metrics import OF_THE_MACHINE, read_jsonl
 from train.store import open_store
 
-TIMES = {"tokens_per_second", "peak_memory_mb", "seconds"}
 Fit = Callable[..., tuple[SmartHaoAI, FitResult]]
 
 
@@ -66,7 +65,7 @@ def run(tmp_path: Path, tiny_tokenizer: BPETokenizer) -> Fit:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_jsonl(folder / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in read_jsonl(folder / "metrics.jsonl")]
 
 
 def biases(model: SmartHaoAI) -> torch.Tensor:

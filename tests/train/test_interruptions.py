@@ -25,7 +25,7 @@ DRIVER = """
 import os, shutil, sys
 from pathlib import Path
 import train.checkpoints as checkpoints
-from train.runtime import run_main
+from train.program import run_main
 from train.train_pretrain import main
 
 point, calls = sys.argv.pop(1), []
@@ -46,8 +46,8 @@ elif point == "rename":
     os.replace = lambda a, b: (die if Path(b).name.startswith("step_") else replace)(a, b)
 elif point == "delete":
     rmtree = shutil.rmtree
-    die = dies(rmtree, 1)
-    checkpoints.shutil.rmtree = lambda path, *a, **k: (die if Path(path).name == "step_000002" else rmtree)(path, *a, **k)
+    die = dies(rmtree, 2)  # the first is behind its own write
+    shutil.rmtree = lambda path, *a, **k: (die if Path(path).name.startswith("step_000002.") else rmtree)(path, *a, **k)
 run_main(main)
 """
 

@@ -15,13 +15,13 @@ import yaml
 from training_helpers import chat_rows, text_rows, write_jsonl
 
 from model import BPETokenizer, HaoAIConfig, SmartHaoAI
-from train import loop
+from train import loop, planning, record
 from train.checkpoints import list_checkpoints
 from train.config import DataConfig, OptimizationConfig, PretrainConfig, SFTConfig, StageConfig, to_dict
 from train.data import Batch, Row, collate, make_source
 from train.loop import FitResult, fit
 from train.losses import Term, lm_loss
-from train.metrics import read_jsonl
+from train.metrics import OF_THE_MACHINE, read_jsonl
 from train.runtime import StopRequest
 from train.store import TokenStore, open_store
 
@@ -37,7 +37,6 @@ KEYS = {
     "val_bpb",
     "peak_memory_mb",
 }
-TIMES = {"tokens_per_second", "peak_memory_mb", "seconds"}
 Fit = Callable[..., tuple[SmartHaoAI, FitResult]]
 
 
@@ -107,7 +106,7 @@ def run(tmp_path: Path, stores: dict[str, TokenStore], tiny_tokenizer: BPETokeni
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_jsonl(folder / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in read_jsonl(folder / "metrics.jsonl")]
 
 
 def largest_difference(first: SmartHaoAI, second: SmartHaoAI) -> float:
@@ -184,7 +183,7 @@ def test_compiled_blocks_learn_the_same(run: Fit, tmp_path: Path, monkeypatch: p
         assert a["loss"] == pytest.approx(b["loss"], abs=tolerance) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance)
     if precision == "fp32":
         shutil.rmtree(tmp_path / "compiled" / "checkpoints" / "step_000008")
-        monkeypatch.setattr(loop, "try_compiled", None)
+        monkeypatch.setattr(planning, "try_compiled", None)
         resumed, _ = run("compiled", **options, evaluate=evaluate, resume=True)
         assert largest_difference(compiled, resumed) == 0.0
 
@@ -387,7 +386,7 @@ def test_figures_from_before_the_first_step(run: Fit, tmp_path: Path, monkeypatc
         return {"val_loss": seen[-1]}
 
     drawn: list[Any] = []
-    monkeypatch.setattr(loop, "plot_loss", lambda rows, *more: drawn.append([row["step"] for row in rows]))
+    monkeypatch.setattr(record, "plot_loss", lambda rows, *more: drawn.append([row["step"] for row in rows]))
     options: dict[str, Any] = {"evaluate": evaluate, "dropout": 0.2, "max_steps": 5, "eval_every": 3}
     plain, _ = run("plain", **options)
     seen.clear()

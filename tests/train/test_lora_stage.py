@@ -86,7 +86,7 @@ def test_resume_equals_the_uninterrupted_run(run: Run) -> None:
     shutil.rmtree("weight/stopped/checkpoints/step_000004")
     for words, message in (
         (["lora.r=8"], "has shape [4, 32], this model asks for [8, 32]"),
-        (["model_dir=weight/changed"], "was trained on another base: on 'weight/sft'"),
+        (["model_dir=weight/changed"], "model_dir=weight/changed is not the model that this run began with"),
     ):
         changed = SmartHaoAI.from_pretrained("weight/sft")
         torch.nn.init.normal_(changed.get_parameter("layers.1.mlp.down_proj.weight"))

@@ -171,12 +171,15 @@ def test_plot_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "one",
     )
     assert (tmp_path / "a.png").stat().st_size > 1000
-    figures: list[Any] = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    lines: dict[str, int] = {}
+
+    def points(figure: Any) -> dict[str, int]:
+        return {line.get_label(): len(line.get_xdata()) for line in figure.axes[0].get_lines()}
+
+    monkeypatch.setattr(pyplot, "close", lambda figure: lines.update(points(figure)))
     assert plot_loss(
         [{"step": 0, "tokens": 0, "loss": None, "lr": None, "val_loss": 3.0}, {"tokens": 5, "loss": 1.0}], tmp_path / "b.png", ""
     )
-    lines = {line.get_label(): len(line.get_xdata()) for line in figures[0].axes[0].get_lines()}
     assert lines == {"training loss": 1, "held-out loss": 1}
     write_report(tmp_path, "运行", {"parameters": "1", "held-out loss": None}, [("从前", "有一天\n")], 90)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")

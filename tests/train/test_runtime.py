@@ -16,16 +16,8 @@ import torch
 from model import device
 from train import runtime
 from train.config import OptimizationConfig, UsageError
-from train.runtime import (
-    StopRequest,
-    choose_precision,
-    describe_machine,
-    device_name,
-    format_minutes,
-    peak_memory_mb,
-    run_main,
-    total_memory,
-)
+from train.program import run_main
+from train.runtime import StopRequest, choose_precision, describe_machine, device_name, format_minutes, peak_memory_mb, total_memory
 
 
 def raises(error: BaseException) -> Callable[[], int]:

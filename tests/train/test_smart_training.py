@@ -31,7 +31,7 @@ PARTS = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures and no samples."""
-    monkeypatch.setattr("train.loop.plot_loss", lambda *args: False)
+    monkeypatch.setattr("train.record.plot_loss", lambda *args: False)
     monkeypatch.setattr("train.train_pretrain.sample_continuations", lambda *args: [])
 
 

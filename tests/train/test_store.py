@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from imported_helpers import STYLES
-from training_helpers import chat_rows, text_rows, write_jsonl
+from training_helpers import chat_rows, text_rows, write_jsonl, write_store
 
 from model import BPETokenizer
 from train.config import DataConfig
-from train.store import Split, open_store, training_turns
+from train.store import Split, TokenStore, open_store, training_turns
 
 
 def store_of(tmp_path: Path, spec: Any, tokenizer: BPETokenizer, kind: str = "pretrain", share: float = 0.2, strict: bool = False) -> Any:
@@ -265,3 +266,12 @@ def test_imported_tokenizers_fill_a_store(style: str, tmp_path: Path) -> None:
     mask = chats.train.mask(0)
     assert mask is not None
     assert tokenizer.decode(chats.train.tokens(0)[mask.astype(bool)]).strip() == "fine"
+
+
+@pytest.mark.parametrize("name", ["train.tokens.bin", "train.offsets.bin", "train.mask.bin", "meta.json"])
+def test_a_store_that_was_cut_off_is_refused(name: str, tmp_path: Path) -> None:
+    """Guards rows that end in the middle, or labels of other tokens: numpy maps what is there."""
+    store = write_store(tmp_path / "store", [[5, 6, 7], [8, 9]], [[0, 1, 1], [0, 1]])
+    os.truncate(store.folder / name, (store.folder / name).stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"is damaged: .*delete its folder, and it is built again"):
+        TokenStore(store.folder)

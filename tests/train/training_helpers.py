@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from train.runtime import run_main
+from train.program import run_main
 from train.store import TokenStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def run_python(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

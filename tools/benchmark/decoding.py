@@ -69,6 +69,10 @@ def our_row(setting: DecodeSetting, precision: str, name: str = "", group: str =
     return Row(name or f"ours {precision}", partial(ours, setting, precision), group or setting.group)
 
 
+def compiled_row(setting: DecodeSetting, precision: str) -> Row:
+    return Row(f"ours {precision}, compiled", partial(ours, setting, precision, compiled=True), setting.group)
+
+
 def batcher_row(setting: DecodeSetting, precision: str) -> Row:
     return Row(f"ours {precision}, batcher", partial(ours, setting, precision, batched=True), setting.group)
 
@@ -110,9 +114,11 @@ def _report(setting: DecodeSetting, turn: Turn, firsts: list[float], rests: list
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def ours(setting: DecodeSetting, precision: str, turn: Turn, batched: bool = False) -> None:
+def ours(setting: DecodeSetting, precision: str, turn: Turn, batched: bool = False, compiled: bool = False) -> None:
     """Engine.generate, or (batched) as many requests to a Batcher."""
     engine = make_engine(setting.place.model, precision, setting.device)
+    if compiled:
+        engine.compile()
     settings = {count: SamplingSettings(temperature=0.0, max_new_tokens=count, eos_token_id=[]) for count in {1, setting.new}}
     ids, prompt = check_ids(setting.place)
     with engine.evaluating(), torch.inference_mode():

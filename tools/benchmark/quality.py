@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.config import HaoAIConfig
 from model.tokenizer import BPETokenizer
@@ -135,8 +136,6 @@ def _pieces(store: TokenStore, length: int, seed: int) -> Iterator[list[int]]:
 @torch.no_grad()
 def save(run: PlainRun, config: HaoAIConfig, tokenizer: BPETokenizer, folder: Path) -> None:
     """The plain model as a checkpoint, to be measured like every other."""
-    from safetensors.torch import load_file, save_file
-
     SmartHaoAI(config).save_pretrained(folder, tokenizer)
     file = folder / "model.safetensors"
     trained = {f"model.{name}": tensor.contiguous() for name, tensor in run.model.state_dict().items()}

@@ -19,7 +19,7 @@ from model.checkpoint import find_model, load_config
 from model.config import HaoAIConfig
 from model.files import atomic_write_text
 from model.tokenizer import BPETokenizer
-from tools.benchmark import decoding, starting, training
+from tools.benchmark import decoding, profiling, starting, training
 from tools.benchmark import gpu as gpu_rows
 from tools.benchmark.machine import Ceilings
 from tools.benchmark.measure import Measured, Row, Turn, ratios, run_once, summary, take_turns
@@ -181,6 +181,8 @@ def _answers(
         setting = decoding.DecodeSetting(place, *size, threads=options.threads, seconds=options.seconds)
         ours = [decoding.our_row(setting, precision) for precision in options.precision]
         ours += [decoding.batcher_row(setting, options.precision[0])] if options.batcher else []
+        if options.compiled and setting.batch == 1 and setting.new > 1:
+            ours += [decoding.compiled_row(setting, precision) for precision in options.precision if precision != "int4"]
         session.answer([(row, setting) for row in [*ours, *decoding.peer_rows(setting, options.against)]])
     what = f"{what}, {size_of(options.model or options.shape, config)}"
     return finish([session.result(what, like_with_like(session.found), share_of)], words, options.json)
@@ -246,13 +248,32 @@ def start(options: argparse.Namespace, folder: Path, isolated: bool, words: Sequ
     model = Path(options.model) if options.model else prepare(folder / "start", parse_shape(options.shape, TRAIN_CONTEXT)).model
     programs = starting.measure(model, options.rounds, options.only)
     print(f"start; {describe_machine('cpu')}\n\n{starting.text(programs)}")
-    imports = {p.name: starting.slowest_imports(p, options.modules) for p in programs if p.name in ("import model", "chat.py --help")}
+    imports = {p.name: starting.slowest_imports(p, options.modules) for p in programs if p.name in ("import SmartHaoAI", "chat.py --help")}
     for name, modules in imports.items():
         print(f"\n{name}: ms with all that it imports (itself)")
         print("\n".join(f"  {whole:8.0f} ({own:.0f})  {module}" for module, own, whole in modules))
     if options.json:
         rows = [{"name": p.name, "seconds": summary(p.seconds)} for p in programs]
         data = {"what": "start", "machine": describe_machine("cpu"), "rows": rows, "imports": imports}
+        atomic_write_text(Path(options.json), json.dumps(data, indent=1) + "\n")
+    return 0
+
+
+def profile(options: argparse.Namespace, folder: Path, isolated: bool, words: Sequence[str]) -> int:
+    """Where a training step and decoding steps spend their time."""
+    config = parse_shape(options.shape, TRAIN_CONTEXT)
+    place = prepare(folder / "profile", config)
+    kinds = {"training": partial(profiling.training_costs, training.TrainSetting(place), options.own, options.steps)}
+    for batch in options.batches:
+        setting = decoding.DecodeSetting(place, batch, prompt=8, new=min(128, TRAIN_CONTEXT // 2), threads=options.threads)
+        for precision in options.precision:
+            kinds[f"decoding, batch {batch}, {precision}"] = partial(profiling.decoding_costs, setting, precision)
+    found = {name: work() for name, work in kinds.items()}
+    print(f"profile, {size_of(options.shape, config)}; {describe_machine('cpu')}; {time.strftime('%Y-%m-%d %H:%M')}")
+    for name, costs in found.items():
+        print("\n" + profiling.text(name, costs, options.operations))
+    if options.json:
+        data = {"what": "profile", "machine": describe_machine("cpu"), "rows": {name: asdict(costs) for name, costs in found.items()}}
         atomic_write_text(Path(options.json), json.dumps(data, indent=1) + "\n")
     return 0
 
@@ -297,5 +318,6 @@ RUNS: dict[str, Callable[[argparse.Namespace, Path, bool, Sequence[str]], int]] 
     "experts": experts,
     "quality": quality,
     "start": start,
+    "profile": profile,
     "gpu": gpu,
 }

@@ -24,7 +24,7 @@ from pathlib import Path
 from model.checkpoint import CONFIG_FILE, MAX_SHARD_BYTES, find_model
 from tools.convert.compare import Comparison
 from train.config import UsageError
-from train.runtime import run_main
+from train.program import run_main
 
 LARGEST_DIFFERENCE = 1e-3  # nats, where nothing was rounded
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
