@@ -263,4 +263,8 @@ def test_an_address_space_limit_halves_the_step(tmp_path: Path, tokenizer_dir: P
     assert limited["at_once"] and all(event["event"] == "halved" for event in limited["at_once"])
     size = limited["at_once"][-1]["at_once"] // 64
     free = trained("free", 0, size)
-    assert (limited["digest"], limited["rows"]) == (free["digest"], free["rows"]) and not free["at_once"]
+    # To rounding only: where memory lies and which kernel its lack leaves differ between two processes.
+    assert not free["at_once"] and limited["digest"] == pytest.approx(free["digest"], rel=1e-6)
+    learned = [[{key: row[key] for key in ("step", "tokens", "loss", "grad_norm")} for row in run["rows"]] for run in (limited, free)]
+    for one, other in zip(*learned, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
