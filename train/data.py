@@ -38,20 +38,24 @@ class Batch:
     group: int = 0
     """Rows that have to be computed together: 1 where each stands for itself; 0: all of them."""
     cuts: list[int] | None = None
-    """Rows before which it may be divided among processes; None: as `group` says."""
+    """Rows before which it may be divided, in order; None: as `group` says."""
     entries: dict[str, list[int]] = field(default_factory=dict)
     """How many values each row has in an `extra`, where that is not one; they stand in the order of the rows."""
 
     def split(self, rows: int) -> list[Batch]:
-        """The same in equal pieces of at most `rows` rows (the last may be smaller), whose `weights`, `positions` and `real` are those of
-        the whole."""
-        count = len(self.inputs["input_ids"])
-        if not self.group or rows >= count:
-            return [self]
-        rows = max(rows // self.group, 1) * self.group
+        """The same in about equal pieces of at most `rows` rows, or of what has to stay together, whose `weights`, `positions` and `real`
+        are those of the whole."""
+        ends = self.boundaries()
+        count = ends[-1]
         equal = -(-count // -(-count // rows))
-        rows = -(-equal // self.group) * self.group
-        return [self.rows(start, min(start + rows, count)) for start in range(0, count, rows)]
+        pieces, start = [], 0
+        while start < count:
+            later = [end for end in ends if end > start]
+            fitting = [end for end in later if end <= start + rows] or later[:1]
+            stop = next((end for end in fitting if end >= start + equal), fitting[-1])
+            pieces.append(self.rows(start, stop))
+            start = stop
+        return pieces
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows [start, stop) alone, with the weights of all."""
@@ -63,10 +67,12 @@ class Batch:
             counts = self.entries.get(name)
             first, last = (start, stop) if counts is None else (sum(counts[:start]), sum(counts[:stop]))
             extra[name] = value[first:last] if value.dim() else value
-        return replace(self, inputs=inputs, extra=extra, entries={name: counts[start:stop] for name, counts in self.entries.items()})
+        entries = {name: counts[start:stop] for name, counts in self.entries.items()}
+        cuts = None if self.cuts is None else [row - start for row in self.cuts if start < row < stop]
+        return replace(self, inputs=inputs, extra=extra, entries=entries, cuts=cuts)
 
     def boundaries(self) -> list[int]:
-        """Where parts for several processes may begin and end: 0, the rows of `cuts`, and the number of rows."""
+        """Where parts may begin and end: 0, the rows of `cuts`, and the number of rows."""
         count = len(self.inputs["input_ids"])
         inner = range(self.group, count, self.group) if self.cuts is None and self.group else self.cuts or []
         return [0, *inner, count]

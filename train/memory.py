@@ -52,14 +52,13 @@ def release(device: str) -> None:
 
 def by_halves(batch: Batch, work: Callable[[Batch], T]) -> list[T]:
     """work(batch), or where memory does not suffice work of its halves, and so on down to what has to stay together."""
-    rows, group = len(batch.inputs["input_ids"]), batch.group
     try:
         return [work(batch)]
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error) or not group or rows <= group:
+        if not out_of_memory(error) or len(batch.boundaries()) == 2:
             raise
     release(str(batch.inputs["input_ids"].device))  # here, not above: the error holds what the attempt computed
-    return [result for half in batch.split(-(-rows // 2)) for result in by_halves(half, work)]
+    return [result for half in batch.split(-(-len(batch.inputs["input_ids"]) // 2)) for result in by_halves(half, work)]
 
 
 def memory_in_use(device: str) -> dict[str, float]:

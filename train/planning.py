@@ -73,6 +73,8 @@ class Plan:
         self.events: list[dict[str, Any]] = []
         """Halvings that the run has not written down yet."""
         self._widest: Batch | None = None
+        if hasattr(batches, "parts"):
+            batches.parts = self.parts
 
     def make(self) -> None:
         """Decide: precision, rows per pass, compiled blocks, and the number of steps of a time budget (of what preparing leaves)."""
@@ -81,14 +83,14 @@ class Plan:
         timed_run = bool(train.max_minutes and not train.max_steps)
         steps = train.max_steps or max(1, round(train.epochs * self.batches.rows_per_epoch() / rows_per_step))
         cursor, random = self.batches.state_dict(), torch.get_rng_state()
-        same_shapes = bool(getattr(self.batches, "same_shapes", False))
+        same_shapes, apart = bool(getattr(self.batches, "same_shapes", False)), bool(getattr(self.batches, "group", 0))
         measured = train.precision == "auto" or timed_run or train.compile == "on" or (same_shapes and steps >= FEW_STEPS)
         if measured:  # a batch of rollouts is dear
             probe = self.batches.next_batch(1.0).to(self.device)
             first = self.batches.next_batch(0.0).to(self.device)
             self.batches.load_state_dict(cursor)
 
-        self.state.at_once = usual_positions(train.micro_batch, self.settings.data.max_length, self.device)
+        self.state.at_once = usual_positions(train.micro_batch, self.settings.data.max_length, self.device, apart)
         measured_here = choose_precision(train, self.device, lambda: self._trial_in_parts(probe))
         name, reason = parallel.from_first([measured_here.name, measured_here.reason])
         self.precision = Precision(name, self.device, reason)
@@ -163,12 +165,9 @@ class Plan:
         if widest is None:
             raise ValueError(f"not enough memory to make a batch ({reason}): {SMALLER_ROLLOUT}")
         rows, length = widest.inputs["input_ids"].shape
-        if not widest.group and rows > 1:
-            raise ValueError(f"not enough memory for {rows} rows of {length} tokens ({reason}): {SMALLER_BATCH}; {SMALLER_MODEL}")
-        if rows <= widest.group or rows == 1:
-            raise ValueError(
-                f"not enough memory for a pass of {rows} x {length} tokens, the fewest there can be ({reason}): {SMALLER_MODEL}"
-            )
+        if len(widest.boundaries()) == 2:
+            advice = SMALLER_MODEL if widest.group or rows == 1 else f"{SMALLER_BATCH}; {SMALLER_MODEL}"
+            raise ValueError(f"not enough memory for a pass of {rows} x {length} tokens, the fewest there can be ({reason}): {advice}")
         if not again:
             fewer = max(1, rows * length // 2 // self.settings.data.max_length)
             raise ValueError(
@@ -214,7 +213,7 @@ class Plan:
     def _choose_passes(self, shapes: list[Batch], seconds: float, same_shapes: bool) -> None:
         """Rows per pass and compiled blocks, where a run of that many seconds is long enough to earn back the time of trying."""
         train = self.train
-        if not train.micro_batch and self.device == "cpu" and seconds > CALIBRATED:
+        if not train.micro_batch and self.device == "cpu" and seconds > CALIBRATED and shapes[-1].group:
             self.state.at_once = best_positions(parallel.own_share(shapes[-1]), self._trial, self.device)
         if train.compile == "on" or (train.compile == "auto" and seconds > COMPILED and same_shapes):
             least = 0.0 if train.compile == "on" else COMPILED_GAIN

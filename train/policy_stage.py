@@ -27,7 +27,7 @@ from train.prompts import Prompt, read_prompts
 from train.reference import disable_dropout
 from train.rehearsal import rehearse
 from train.rewards import NEED_REFERENCE, NEED_RESULT, Judge, check_weights
-from train.rollout import LOGGED, REWARD, RolloutSource
+from train.rollout import FEWER, LOGGED, REWARD, RolloutSource
 from train.runtime import Precision, device_name, format_minutes, only_for_show, timed
 from train.stage import Log, begin, make_model, print_peak, print_plan, run_stage
 
@@ -36,6 +36,8 @@ MakeSource = Callable[..., RolloutSource]
 DEFAULT_REWARD_MODEL = "weight/reward"
 SHOWN_PROMPTS = 4
 ALARMS = {
+    FEWER: "not enough memory for answers to {before} prompts at once ({reason}): {prompts} at once from now on, the same answers but for "
+    "rounding",
     "ratio": "the first update after a rollout did not start at a ratio of 1 (largest deviation {largest_deviation:.2g}): the policy that "
     "learns is not the one that wrote the answers; train.precision=fp32 rules the number type out",
     "kl_runaway": "the policy is {kl_per_token:.2f} nats per token from where it started (limit {limit:g}): what it says is likely "

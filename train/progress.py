@@ -27,7 +27,7 @@ class Progress:
     preparing: float = 0.0
     """Seconds before the first step: measuring, compiling, and what the stage does."""
     at_once: int = 0
-    """Positions (rows times length) of a forward and backward pass; 0: the whole batch."""
+    """Positions (rows times length) of a forward and backward pass, as far as rows may be parted; 0: the whole batch."""
     compiled: bool = False
     bad_in_a_row: int = 0
     """Steps whose loss or gradient was not finite, without one between them that was."""

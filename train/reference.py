@@ -19,7 +19,9 @@ from tqdm import tqdm
 from model.transformer import SmartHaoAI
 from model.weight_files import load_weights, save_weights
 from train import parallel
+from train.data import Batch
 from train.log_probs import completion_log_probs
+from train.memory import by_halves
 from train.pairs import PackedPairs
 from train.runtime import Precision
 
@@ -51,10 +53,14 @@ def _compute(
     model.train(training)
     with torch.no_grad(), without_dropout(model), precision.autocast():
         bar = tqdm(total=pairs, unit="pair", desc="reference", leave=False, disable=None)
-        for batch in source.every_pair():
+
+        def measure(batch: Batch) -> None:
             documents = batch.extra["documents"]
             values[documents] = completion_log_probs(model, batch.to(precision.device).inputs).sums().cpu()
             bar.update(len(documents) // 2)
+
+        for batch in source.every_pair():
+            by_halves(batch, measure)
         bar.close()
     model.take_expert_load()  # this was no training
     save_weights({"log_probs": values}, file)

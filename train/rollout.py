@@ -26,6 +26,7 @@ from train import parallel
 from train.config import RolloutConfig
 from train.data import Batch, Row, collate
 from train.log_probs import LogProbs, completion_log_probs, pad_sequences
+from train.memory import out_of_memory, reason_of, release
 from train.packing import fit_rows
 from train.prompts import Prompt, fingerprint
 from train.rewards import Judge
@@ -34,6 +35,8 @@ from train.sharding import whole
 
 REWARD = "reward"  # the sum that is learned from, among the parts of an answer's reward
 LOGGED = "log/"  # extra entries of a batch that only say how its rollout went
+FEWER = "fewer_at_once"  # alarm: memory did not suffice, prompts are answered in smaller batches from now on
+COUNTERS = ("epoch", "offset", "round", "served", "first_step", "position", "update_kl", "update_tokens", "at_once")
 RATIO_TOLERANCE = 1e-3  # beyond it the first update does not start from the policy that wrote the answers
 Alarm = Callable[[int, str, dict[str, Any]], None]
 ReferenceLogProbs = Callable[[dict[str, Tensor]], Tensor]
@@ -101,6 +104,10 @@ class RolloutSource:
         """Whether the batches served since the state was set are learned from: not before the first, nor in a trial that was taken back."""
         self.trouble: list[tuple[str, dict[str, Any]]] = []
         """What the next update is alarmed of."""
+        self.at_once = max(1, settings.batch_size // settings.samples)
+        """Prompts that are answered together; fewer where memory asks for it."""
+        self.parts: Callable[[Batch], list[Batch]] = lambda batch: [batch]
+        """The passes that a batch is learned in. The loop sets it."""
         self._generated: dict[tuple[int, int], list[tuple[int, Completion]]] = {}
 
     def attach(self, policy: SmartHaoAI) -> None:
@@ -128,8 +135,8 @@ class RolloutSource:
 
     def state_dict(self) -> dict[str, Any]:
         self._moved()
-        names = ("epoch", "offset", "round", "served", "first_step", "position", "diagnostics", "update_kl", "update_tokens", "fingerprint")
-        return {**{name: getattr(self, name) for name in names}, "samples": [dict(vars(sample)) for sample in self.samples]}
+        kept = {name: getattr(self, name) for name in (*COUNTERS, "diagnostics", "fingerprint")}
+        return {**kept, "samples": [dict(vars(sample)) for sample in self.samples]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the prompts are not those of the run."""
@@ -137,10 +144,11 @@ class RolloutSource:
         if state.pop("fingerprint") != self.fingerprint:
             raise ValueError("the prompts are not those that this run began with: put data.prompt_file back, or start a new out_dir")
         self.samples = [Sampled(**sample) for sample in state.pop("samples")]
+        self.at_once = min(self.at_once, state.pop("at_once", self.at_once))  # what memory does not allow stays so
         vars(self).update(state)
         self._moved(counted=parallel.is_first())
         self.learning = False
-        self.trouble.clear()
+        self._forget_trouble()
 
     def renew(self) -> None:
         """The policy has changed in another way than by learning: what it wrote is not learned from any more."""
@@ -169,8 +177,13 @@ class RolloutSource:
         if self.learning:
             for kind, details in self.trouble:
                 self.alarm(self.step, kind, details)
-        self.trouble.clear()
+            self.trouble.clear()
+        self._forget_trouble()
         return ratio
+
+    def _forget_trouble(self) -> None:
+        """What a trial met is not told, unless it lasts."""
+        self.trouble = [(kind, details) for kind, details in self.trouble if kind == FEWER]
 
     # ------------------------------------------------------------------ rollouts
 
@@ -245,13 +258,28 @@ class RolloutSource:
             self.settings.max_new_tokens, self.settings.temperature, top_k=0, top_p=1.0, n=repeats, seed=seed
         )  # a cut distribution would not be the one whose log-probabilities are learned from
         asked = [self.prompts[number].ids for number in numbers]
-        with self._autocast():
-            at_once, own = max(1, self.settings.batch_size // repeats), (parallel.rank(), parallel.size())
-            batches = Engine(self.policy, self.tokenizer).generate_many(asked, sampling, at_once, own)
-            answers = [[place, [vars(reply) for reply in replies]] for batch in batches for place, replies in batch]
+        answers = self._answers(asked, sampling)
         # Batches are dealt to the processes as they are: answers are the same, whatever the number of processes.
         groups = {place: [Completion(**reply) for reply in replies] for part in parallel.gathered(answers) for place, replies in part}
         return [(number, reply) for place, number in enumerate(numbers) for reply in groups[place]]
+
+    def _answers(self, asked: Sequence[Sequence[int]], sampling: SamplingSettings) -> list[list[Any]]:
+        """This process's answers: place in `asked`, and the completions' fields. Where memory asks for it fewer prompts are answered at
+        once, which changes no answer but for rounding."""
+        own = parallel.rank(), parallel.size()
+        while True:
+            try:
+                with self._autocast():
+                    batches = Engine(self.policy, self.tokenizer).generate_many(asked, sampling, self.at_once, own)
+                    return [[place, [vars(reply) for reply in replies]] for batch in batches for place, replies in batch]
+            except (RuntimeError, MemoryError) as error:
+                # Several processes deal prompts by their number at once, which has to be the same in all.
+                if not out_of_memory(error) or self.at_once == 1 or parallel.size() > 1:
+                    raise
+                reason = reason_of(error)
+            release(str(self.policy.device))  # here, not above: the error holds what the attempt computed
+            self.trouble.append((FEWER, {"prompts": self.at_once // 2, "before": self.at_once, "reason": reason}))
+            self.at_once //= 2
 
     def _measure(self, layout: list[list[int]]) -> None:
         """Old and reference log-probabilities of these answers, by the forward pass that the update will make."""
@@ -261,15 +289,16 @@ class RolloutSource:
         own = parallel.share(batch, parallel.rank(), parallel.size())  # the rows of this process in the first update, in the same shape
         if own is None:
             return
-        samples = [self.samples[number] for row in own.extra["rows"].tolist() for number in layout[row]]
-        inputs = own.to(str(self.policy.device)).inputs
-        result = completion_log_probs(self.policy, inputs, self.settings.temperature, entropy=True)
-        self.store(samples, "old", result.values)
-        assert result.entropy is not None
-        self.store(samples, "entropy", result.entropy)
-        if self.reference is not None:
-            self.store(samples, "reference", self.reference(inputs))
-        self.measure(samples, result)
+        for part in self.parts(own):
+            samples = [self.samples[number] for row in part.extra["rows"].tolist() for number in layout[row]]
+            inputs = part.to(str(self.policy.device)).inputs
+            result = completion_log_probs(self.policy, inputs, self.settings.temperature, entropy=True)
+            self.store(samples, "old", result.values)
+            assert result.entropy is not None
+            self.store(samples, "entropy", result.entropy)
+            if self.reference is not None:
+                self.store(samples, "reference", self.reference(inputs))
+            self.measure(samples, result)
 
     def _share_measured(self) -> None:
         """Every process gets what the others have measured."""

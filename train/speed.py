@@ -55,9 +55,10 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def usual_positions(micro_batch: int, length: int, device: str) -> int:
-    """Positions of a pass when nothing is measured: micro_batch rows of `length` if it is set, else what suits the device; 0: all."""
-    return micro_batch * length or (USUAL_PASS if device == "cpu" else 0)
+def usual_positions(micro_batch: int, length: int, device: str, apart: bool = True) -> int:
+    """Positions of a pass when nothing is measured: micro_batch rows of `length` if it is set, else what suits the device; 0: all.
+    apart: each row stands for itself; of others all that fit are computed together, so that a frozen reference sees the same passes."""
+    return micro_batch * length or (USUAL_PASS if device == "cpu" and apart else 0)
 
 
 def in_parts(batch: Batch, positions: int) -> list[Batch]:

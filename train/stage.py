@@ -205,7 +205,7 @@ def print_plan(
             f"{learning / account.parameters:.1%} of the model's, which is frozen"
         )
     at_once = -(-train.batch_size * each // data.max_length)  # rows of a pass
-    if (limit := usual_positions(train.micro_batch, data.max_length, device)) and getattr(source, "group", 0):
+    if limit := usual_positions(train.micro_batch, data.max_length, device, bool(getattr(source, "group", 0))):
         at_once = min(at_once, max(1, limit // data.max_length))
     again = train.activation_checkpointing
     need = account.training_bytes(at_once, data.max_length, adapter=learning, activation_checkpointing=again) + 4 * frozen

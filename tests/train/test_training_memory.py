@@ -143,7 +143,7 @@ def test_what_cannot_be_halved_says_what_to_do(runs: Runs) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.source, name)
 
-    with pytest.raises(ValueError, match=r"4 rows of 32 tokens.*halve train\.batch_size and double train\.accumulation_steps"):
+    with pytest.raises(ValueError, match=r"4 x 32 tokens.*halve train\.batch_size and double train\.accumulation_steps"):
         runs("together", fits(2), batch_size=4, source=Together)
     with pytest.raises(RuntimeError, match="shapes"):
         runs("other", fits(0, RuntimeError("shapes do not match")))
