@@ -58,7 +58,7 @@ def rotary_frequencies(config: HaoAIConfig) -> tuple[Tensor, float]:
     linear: Chen et al., 2023; YaRN: Peng et al., 2023; llama3: the frequency bands of Llama 3.1.
     """
     size, theta = config.head_size, config.rope_theta
-    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies, 1.0
@@ -81,7 +81,7 @@ def rotary_frequencies(config: HaoAIConfig) -> tuple[Tensor, float]:
     if scaling.get("truncate", True):
         low_dim, high_dim = math.floor(low_dim), math.ceil(high_dim)
     low_dim, high_dim = max(low_dim, 0), min(high_dim, size - 1)
-    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low_dim) / max(high_dim - low_dim, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(size // 2, dtype=torch.float32, device="cpu") - low_dim) / max(high_dim - low_dim, 0.001)).clamp(0, 1)
     scale = scaling.get("attention_factor")
     if scale is None:
         numerator, denominator = scaling.get("mscale"), scaling.get("mscale_all_dim")

@@ -22,6 +22,7 @@ from torch import Tensor
 from model.config import NEUTRAL_PARTS, HaoAIConfig, allowed_changes, training_settings
 from model.disk_config import CONFIG_FILE, config_from_disk, config_to_disk, model_type, portability_notes, read_config
 from model.files import atomic_directory, atomic_write_text, recover_directory, writing
+from model.shapes import give_room, without_values
 from model.weight_files import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
@@ -190,9 +191,9 @@ def build_model(
     stored = without if new_parts else config
     make = make or SmartHaoAI
     names = _check_weights(stored, source, make)  # before a wrong size in config.json asks for memory
-    with torch.device("meta"):
+    with without_values():
         model = make(config)
-    model.to(dtype).to_empty(device=device)  # addresses only: memory is taken when a tensor is copied
+    give_room(model, device, dtype)  # addresses only: memory is taken when a tensor is copied
     model.reset_parts()
     for part, name in (("deep_supervision", "auxiliary"), ("use_reasoning", "reasoning")):
         if part in new_parts:
@@ -325,7 +326,7 @@ def _check_weights(config: HaoAIConfig, source: WeightSource, make: type[SmartHa
     asked, held = config.account().parameters, sum(math.prod(shape) for shape in source.shapes().values())
     if asked > DAMAGED_CONFIG * max(held, 1):  # building the modules would take minutes, or more than torch can count
         raise ValueError(f"{source.file} holds {held:,} parameters, its config.json asks for {asked:,}: one of the two is damaged")
-    with torch.device("meta"):
+    with without_values():
         model = make(config)
     return _check_names(weights_to_disk(model.state_dict(), config), config, source)
 

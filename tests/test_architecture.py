@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,9 +197,6 @@ def test_the_names_users_type() -> None:
 
 def test_the_model_needs_nothing_of_the_rest() -> None:
     """Guards: an import at the top of a module that the source check does not see (through another package)."""
-    import subprocess
-    import sys
-
     others = ("inference", "train", "tools", "transformers")
     code = f"import sys; from model import *; print([m for m in sys.modules if m.split('.')[0] in {others}])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -206,9 +205,6 @@ def test_the_model_needs_nothing_of_the_rest() -> None:
 
 def test_help_answers_without_importing_torch() -> None:
     """Guards: two seconds of waiting for `--help`, for a mistake on the command line, or for `import model`."""
-    import subprocess
-    import sys
-
     code = """
 import runpy, sys
 import inference, model
@@ -221,3 +217,17 @@ assert "torch" not in sys.modules
 assert "BPETokenizer" in dir(model) and "ChatSession" in dir(inference)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def test_a_model_is_read_without_the_compiler(tmp_path: Path) -> None:
+    """Guards: seconds of waiting for the first answer, for what of torch gives start values to weights that are on the disk."""
+    code = """
+import sys
+from model import HaoAIConfig, SmartHaoAI
+shape = HaoAIConfig(vocab_size=400, n_layer=2, n_head=2, n_embd=32, intermediate_size=64, n_expert=2, use_reasoning=True)
+SmartHaoAI(shape).save_pretrained(sys.argv[1])
+SmartHaoAI.from_pretrained(sys.argv[1])
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

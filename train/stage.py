@@ -22,6 +22,7 @@ from model.config import NEUTRAL_PARTS, HaoAIConfig, allowed_changes
 from model.files import WriteError, atomic_write_text, writing
 from model.lora import Adapter, inject_lora
 from model.reward import RewardModel
+from model.shapes import without_values
 from model.tokenizer import BPETokenizer
 from model.transformer import SmartHaoAI
 from train import parallel, sharding
@@ -167,7 +168,7 @@ def planned_adapter(settings: StageConfig, config: HaoAIConfig) -> Adapter | Non
     """The adapter that `make_model` will train, without memory; None without. ValueError for targets that the model does not have."""
     if not settings.lora.r:
         return None
-    with torch.device("meta"):
+    with without_values():
         return inject_lora(SmartHaoAI(config), settings.lora)
 
 
