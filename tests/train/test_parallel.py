@@ -207,6 +207,7 @@ STAGES: dict[str, tuple[str, list[str]]] = {
     "lora": ("lora", [*FROM_BASE, "lora.r=4"]),
     "dora, sft": ("sft", [*FROM_BASE, "lora.r=4", "lora.dora=true"]),
     "dpo": ("dpo", FROM_BASE),
+    "dpo, 2 rows at once": ("dpo", [*FROM_BASE, "train.micro_batch=2"]),
     "dpo, kto": ("dpo", [*FROM_BASE, "dpo.loss=kto"]),
     "dpo, lora": ("dpo", [*FROM_BASE, "lora.r=4"]),
     "reward": ("reward", FROM_BASE),
@@ -218,6 +219,7 @@ STAGES: dict[str, tuple[str, list[str]]] = {
     "ppo": ("ppo", [*ROLLOUT, "reward_model_dir=FOLDER/judge"]),
     "ppo, lora": ("ppo", [*ROLLOUT, "reward_model_dir=FOLDER/judge", "lora.r=4"]),
     "grpo": ("grpo", [*ROLLOUT, "reward_model_dir=FOLDER/judge", "grpo.beta=0.05"]),
+    "grpo, 1 row at once": ("grpo", [*ROLLOUT, "reward_model_dir=FOLDER/judge", "grpo.beta=0.05", "train.micro_batch=1"]),
 }
 
 
