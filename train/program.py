@@ -47,12 +47,23 @@ def run_main(main: Callable[[], int | None], several: bool = False) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         status = 130
+    if _one_of_several():
+        # While Python ends, threads of torch's connections now and then abort the process (once in about 300). torchrun would take a
+        # run that has saved everything for a failed one, and with --max-restarts begin anew.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     raise SystemExit(status)
+
+
+def _one_of_several() -> bool:
+    """Whether torchrun has started this process together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def _process_group(several: bool) -> contextlib.AbstractContextManager[None]:
     """Together with the other processes that torchrun has started, if it has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if not _one_of_several():
         return contextlib.nullcontext()
     if not several:
         raise UsageError("this program runs in one process: start it without torchrun")
