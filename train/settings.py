@@ -65,8 +65,8 @@ class OptimizationConfig:
     accumulation_steps: int = 1
     """Micro-batches per optimiser step; each token counts the same however they are split."""
     micro_batch: int = 0
-    """Rows of a forward and backward pass; 0: as many as suit the device, on a CPU measured in runs of a minute and more. Each token counts
-    the same however they are split."""
+    """Rows of a forward and backward pass; 0: as many as suit the device, on a CPU measured in runs of a minute and more; of pairs and
+    rollouts all. Each token counts the same however they are split."""
     optimizer: str = "adamw"
     """adamw, or muon (matrices by Muon, everything else by AdamW)."""
     lr: float = 1e-3
