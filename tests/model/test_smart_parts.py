@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from parity_helpers import clear_ids
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +23,6 @@ from model import HaoAIConfig, KVCache, RMSNorm, SmartHaoAI
 from model.checkpoint import load_config, model_type, portability_notes, save_pretrained, weights_to_disk
 from model.config import NEUTRAL_PARTS
 from model.cross_entropy import linear_cross_entropy, linear_log_probs
-from tools.parity import TIE, router_gap
 
 TOLERANCE = 2e-5  # of the largest logit, fp32
 VOCABULARY = 53
@@ -116,16 +116,6 @@ def build(seed: int, fields: dict[str, Any]) -> SmartHaoAI:
     return uneven(SmartHaoAI(HaoAIConfig(**{**BASE, **fields})).eval())
 
 
-def ids_for(model: SmartHaoAI, *shape: int) -> Tensor:
-    """Random ids on which no router meets a tie, whose outcome would be a rounding error."""
-    for _ in range(20):
-        ids = torch.randint(VOCABULARY, shape)
-        with torch.no_grad():
-            if not model.config.n_expert or router_gap(model, ids) >= TIE:
-                return ids
-    raise AssertionError("every draw had a tie: the routers of this model are not decisive")
-
-
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
     assert error <= TOLERANCE * largest, f"largest error {error:.3g} with a largest logit of {largest:.3g}"
@@ -158,7 +148,7 @@ def decode(model: SmartHaoAI, ids: Tensor, cuts: list[int], block: int, mask: Te
 def test_a_token_changes_nothing_before_it(seed: int, fields: dict[str, Any], changed: int) -> None:
     """Guards: a gate, temperature, table or head that looks at later tokens, or at a mean over the sequence."""
     model = build(seed, fields)
-    ids = ids_for(model, 2, 19)
+    ids = clear_ids(model, 2, 19)
     other = ids.clone()
     other[:, changed] = (ids[:, changed] + 1 + torch.randint(VOCABULARY - 1, (2,))) % VOCABULARY
     before, after = logits_of(model, ids), logits_of(model, other)
@@ -177,7 +167,7 @@ def test_a_token_changes_nothing_before_it(seed: int, fields: dict[str, Any], ch
 def test_pieces_with_a_cache_equal_the_full_pass(seed: int, fields: dict[str, Any], cuts: list[int], block: int) -> None:
     """Guards: lengths, first values or token vectors of the piece instead of the text; a cache that holds them unmixed."""
     model = build(seed, fields)
-    ids = ids_for(model, 2, 21)
+    ids = clear_ids(model, 2, 21)
     full = logits_of(model, ids)
     assert_same(decode(model, ids, cuts, block), full)
     assert_same(decode(model, ids, list(range(1, 21)), block), full)
@@ -188,7 +178,7 @@ def test_pieces_with_a_cache_equal_the_full_pass(seed: int, fields: dict[str, An
 def test_packed_documents_equal_the_documents_alone(seed: int, fields: dict[str, Any], lengths: list[int]) -> None:
     """Guards: a length-aware temperature that counts the row instead of the document; values mixed over a border."""
     model = build(seed, fields)
-    documents = [ids_for(model, 1, length) for length in lengths]
+    documents = [clear_ids(model, 1, length) for length in lengths]
     padding = 3
     row = torch.cat([*documents, torch.zeros(1, padding, dtype=torch.long)], dim=1)
     segments = torch.tensor([[n + 1 for n, length in enumerate(lengths) for _ in range(length)] + [0] * padding])
@@ -209,7 +199,7 @@ def test_left_padded_rows_equal_the_rows_alone(seed: int, fields: dict[str, Any]
     """Guards: parts that see padding, or count it as length; positions that are only right without a cache."""
     model = build(seed, fields)
     total = 15
-    rows = [ids_for(model, 1, total - pad) for pad in pads]
+    rows = [clear_ids(model, 1, total - pad) for pad in pads]
     ids = torch.cat([torch.cat((torch.randint(VOCABULARY, (1, pad)), row), dim=1) for pad, row in zip(pads, rows, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (total - pad) for pad in pads])
     batched = logits_of(model, ids, attention_mask=mask)
@@ -225,7 +215,7 @@ def test_left_padded_rows_equal_the_rows_alone(seed: int, fields: dict[str, Any]
 def test_saved_and_loaded_is_the_same(seed: int, fields: dict[str, Any]) -> None:
     """Guards: a field that config.json forgets, a scale folded twice or not at all, a tensor lost on the way."""
     model = build(seed, fields)
-    ids = ids_for(model, 2, 17)
+    ids = clear_ids(model, 2, 17)
     expected = logits_of(model, ids)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
@@ -246,7 +236,7 @@ def test_a_part_is_added_to_a_model_whose_files_have_other_names(tmp_path: Path)
     """Guards: experts stored under mixtral's names and looked for under our own, so that they stay whatever the memory held."""
     model = build(3, {"n_expert": 4, "qk_norm": False})
     assert model_type(model.config) == "mixtral"
-    ids = ids_for(model, 2, 13)
+    ids = clear_ids(model, 2, 13)
     save_pretrained(model, tmp_path)
     larger = SmartHaoAI.from_pretrained(tmp_path, attention_gate="head")
     assert model_type(larger.config) == "haoai"
@@ -263,7 +253,7 @@ def test_switching_parts_on_changes_nothing(seed: int, fields: dict[str, Any], a
         parts.update({**PARTS, **TRAINING_ONLY}[name])
     base = {name: value for name, value in fields.items() if name not in parts}
     model = build(seed, {**base, "residual_scale": False, "deep_supervision": "none"})
-    ids = ids_for(model, 2, 13)
+    ids = clear_ids(model, 2, 13)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
         larger = SmartHaoAI.from_pretrained(folder, **parts)
@@ -381,7 +371,7 @@ def test_values_against_their_formula(seed: int) -> None:
 def test_scales_fold_into_a_standard_model(fields: dict[str, Any], seed: int, tmp_path: Path) -> None:
     """Guards: a finished model that is not standard any more, or is but computes something else; experts left out of the folding."""
     model = build(seed, {"residual_scale": True, "deep_supervision": "tokens", **fields})
-    ids = ids_for(model, 2, 15)
+    ids = clear_ids(model, 2, 15)
     model.save_pretrained(tmp_path)
     config = load_config(tmp_path)
     assert model_type(config) == ("qwen3_moe" if fields.get("n_expert") else "llama" if fields else "qwen3") and not config.residual_scale
@@ -392,7 +382,7 @@ def test_scales_fold_into_a_standard_model(fields: dict[str, Any], seed: int, tm
 def test_shared_experts_are_scaled_too(seed: int, tmp_path: Path) -> None:
     """Guards: a scale that is folded into the chosen experts only."""
     model = build(seed, {"residual_scale": True, "n_expert": 4, "n_shared_expert": 1, "moe_pattern": "ED"})
-    ids = ids_for(model, 2, 15)
+    ids = clear_ids(model, 2, 15)
     model.save_pretrained(tmp_path)
     assert_same(logits_of(SmartHaoAI.from_pretrained(tmp_path), ids), logits_of(model, ids))
 
